@@ -1,0 +1,110 @@
+// The module pyfused._C: the only file that knows Python. Tensors arrive as Views through DLPack's C exchange API
+// (about 0.1 us each), kernels run without the GIL, and a Status becomes an exception.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <map>
+#include <string>
+
+#include "build_info.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace pyfused {
+namespace {
+
+DType dtype_of(DLDataType dtype) {
+  static constexpr struct {
+    uint8_t code, bits;
+    DType dtype;
+  } known[] = {{2, 32, DType::f32}, {2, 64, DType::f64}, {4, 16, DType::bf16}, {2, 16, DType::f16},
+               {0, 32, DType::i32}, {0, 64, DType::i64}, {1, 8, DType::u8},    {6, 8, DType::boolean}};
+  for (const auto& k : known)
+    if (dtype.code == k.code && dtype.bits == k.bits && dtype.lanes == 1) return k.dtype;
+  return DType::other;
+}
+
+// The exchange API of a tensor type, or nullptr. One entry is remembered: in practice all arguments are torch.Tensor or
+// torch.nn.Parameter, which inherits it.
+const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* seen_type = nullptr;
+  static const DLPackExchangeAPI* seen_api = nullptr;
+  if (type != seen_type) {
+    py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+    auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (api && api->version.major != 1) api = api->previous;
+    seen_type = type;
+    seen_api = api;
+  }
+  return seen_api;
+}
+
+bool read_view(PyObject* object, View& view) {
+  if (object == Py_None) return true;  // absent
+  const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object));
+  if (!api) return false;
+  DLTensor tensor;
+  if (api->view_from_object(object, &tensor) != 0) throw py::error_already_set();
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.shape = tensor.shape;
+  view.strides = tensor.strides;
+  view.ndim = tensor.ndim;
+  view.dtype = dtype_of(tensor.dtype);
+  view.device = tensor.device;
+  return true;
+}
+
+void raise(const char* kernel, const Status& status) {
+  std::string argument = status.argument ? status.argument : "";
+  if (status.code == Status::out_of_range)
+    throw py::index_error(argument + " " + std::to_string(status.value) + " is out of bounds: " + argument + "[" +
+                          std::to_string(status.position) + "] must lie in [0, " + std::to_string(status.limit) + ")");
+  throw py::value_error(std::string(kernel) + ": " + argument + ": " + status.problem);
+}
+
+// A Python function that calls the current instruction set's version of one kernel.
+template <class... A>
+void define_cpu(py::module_& m, const char* name, Status (*Kernels::*kernel)(A...)) {
+  m.def(name, [name, kernel](A... arguments) {
+    auto check_device = [&](const auto& a) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(a)>, View>)
+        if (a && a.device.type != 1) throw py::value_error(std::string(name) + ": every tensor must be on the CPU");
+    };
+    (check_device(arguments), ...);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = (current_kernels().*kernel)(arguments...);
+    }
+    if (status.code != Status::ok) raise(name, status);
+  });
+}
+
+}  // namespace
+}  // namespace pyfused
+
+namespace pybind11::detail {
+template <>
+struct type_caster<pyfused::View> {
+  PYBIND11_TYPE_CASTER(pyfused::View, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) { return pyfused::read_view(source.ptr(), value); }
+};
+}  // namespace pybind11::detail
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pyfused;
+  m.doc() = "Compiled kernels of pyfused. Private: use pyfused.functional.";
+  m.def(
+      "build_info", [] { return std::map<std::string, std::string> PYFUSED_BUILD_INFO; },
+      "What the build decided: version, instruction sets, OpenMP, CUDA, compiler.");
+  m.def("isas", &usable_isas, "Instruction sets compiled in and supported by this CPU, slowest first.");
+  m.def("isa", &current_isa, "The instruction set in use.");
+  m.def("set_isa", &choose_isa, py::arg("name"), "Use another instruction set (also: environment PYFUSED_ISA).");
+  if (const char* name = std::getenv("PYFUSED_ISA"); name && *name) choose_isa(name);
+#define PYFUSED_BIND(name, arguments) define_cpu(m, #name, &Kernels::name);
+  PYFUSED_CPU_KERNELS(PYFUSED_BIND)
+#undef PYFUSED_BIND
+}

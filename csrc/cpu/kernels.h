@@ -1,0 +1,29 @@
+// Every CPU kernel, named once: K(name, arguments). The list declares the kernels in each instruction set's namespace,
+// makes the table that isa.cpp chooses from, and is what bindings.cpp exports. Outputs first, then inputs, then
+// options, then the number of threads. Contracts stand with the kernels, in kernels/<op>.cpp.
+#pragma once
+#include <cstdint>
+
+#include "tensor_view.h"
+
+#define PYFUSED_CPU_KERNELS(K) \
+  K(embedding_dot,             \
+    (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads))
+
+namespace pyfused {
+
+struct Kernels {
+#define PYFUSED_MEMBER(name, arguments) Status(*name) arguments;
+  PYFUSED_CPU_KERNELS(PYFUSED_MEMBER)
+#undef PYFUSED_MEMBER
+};
+
+#ifdef PYFUSED_ISA
+namespace PYFUSED_ISA {
+#define PYFUSED_DECLARE(name, arguments) Status name arguments;
+PYFUSED_CPU_KERNELS(PYFUSED_DECLARE)
+#undef PYFUSED_DECLARE
+}  // namespace PYFUSED_ISA
+#endif
+
+}  // namespace pyfused

@@ -1,0 +1,229 @@
+// The vectors every CPU kernel is written in: GCC/Clang vector extensions, so +, *, < and ?: work on whole vectors and
+// the same source compiles to SSE2, AVX2 + FMA or AVX-512 (a * b + c contracts to one FMA where there is one). Storage
+// types float, double, bf16, f16; 16-bit types are converted on load and store and computed in float.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "tensor_view.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Compute {  // the type that arithmetic and accumulation use for tensors of T
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <class T>
+using compute_t = typename Compute<T>::type;
+
+template <class C>
+struct VecOf {
+  typedef C type __attribute__((vector_size(kVectorBytes)));
+};
+template <class C>
+using Vec = typename VecOf<C>::type;  // C = float or double; Vec<C> < Vec<C> gives an integer mask for ?:
+template <class C>
+constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(C));
+
+template <class N>
+PYFUSED_INLINE N min(N a, N b) {
+  return b < a ? b : a;
+}
+template <class N>
+PYFUSED_INLINE N max(N a, N b) {
+  return a < b ? b : a;
+}
+
+// --- Scalars
+PYFUSED_INLINE float to_compute(float x) { return x; }
+PYFUSED_INLINE double to_compute(double x) { return x; }
+PYFUSED_INLINE float to_compute(bf16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+template <class T>
+T from_compute(compute_t<T> x);
+template <>
+PYFUSED_INLINE float from_compute<float>(float x) {
+  return x;
+}
+template <>
+PYFUSED_INLINE double from_compute<double>(double x) {
+  return x;
+}
+template <>
+PYFUSED_INLINE bf16 from_compute<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// --- Whole vectors, unaligned
+template <class C>
+PYFUSED_INLINE Vec<C> splat(C x) {
+  return x - Vec<C>{};  // x - 0, not x + 0: keeps the sign of -0
+}
+PYFUSED_INLINE Vec<float> load(const float* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+PYFUSED_INLINE Vec<double> load(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+PYFUSED_INLINE void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
+PYFUSED_INLINE void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+
+PYFUSED_INLINE Vec<float> load(const bf16* p) {
+  VecU16 half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, VecU32) << 16);
+}
+PYFUSED_INLINE void store(bf16* p, Vec<float> v) {
+  VecU32 bits = (VecU32)v;
+  VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  VecU32 nan = (VecU32)(v != v);
+  VecU16 half = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), VecU16);
+  std::memcpy(p, &half, sizeof half);
+}
+
+#if defined(__AVX512F__)
+PYFUSED_INLINE Vec<float> load(const f16* p) {
+  __m256i half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec<float>)_mm512_cvtph_ps(half);
+}
+PYFUSED_INLINE void store(f16* p, Vec<float> v) {
+  __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+}
+#elif defined(__F16C__)
+PYFUSED_INLINE Vec<float> load(const f16* p) {
+  __m128i half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec<float>)_mm256_cvtph_ps(half);
+}
+PYFUSED_INLINE void store(f16* p, Vec<float> v) {
+  __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+}
+#else
+// No conversion instruction: shift the exponent and mantissa into place and let one float multiplication re-bias the
+// exponent, which is exact and turns half subnormals into float normals.
+PYFUSED_INLINE Vec<float> load(const f16* p) {
+  VecU16 half;
+  std::memcpy(&half, p, sizeof half);
+  VecU32 h = __builtin_convertvector(half, VecU32);
+  VecU32 magnitude = (h & 0x7fff) << 13;
+  Vec<float> scaled = (Vec<float>)magnitude * 0x1p112f;
+  VecU32 special = (VecU32)((h & 0x7c00) == 0x7c00);  // inf and NaN keep their mantissa under an all-ones exponent
+  VecU32 bits = (special & (magnitude | 0x7f800000)) | (~special & (VecU32)scaled);
+  return (Vec<float>)(bits | ((h & 0x8000) << 16));
+}
+PYFUSED_INLINE void store(f16* p, Vec<float> v) {
+  VecU32 bits = (VecU32)v, sign = bits & 0x80000000u, x = bits ^ sign;
+  // Normal halves: re-bias and round to nearest even in integers. Subnormal halves: adding 0.5 makes the float addition
+  // itself round the mantissa to units of 2^-24. Too large (>= 65520): inf. NaN: quiet NaN.
+  VecU32 normal = (x + (((x >> 13) & 1) + 0xfff) - (112u << 23)) >> 13;
+  VecU32 small = (VecU32)((Vec<float>)x + 0.5f) - 0x3f000000u;
+  VecU32 is_small = (VecU32)(x < (113u << 23)), is_large = (VecU32)(x >= 0x477ff000u),
+         is_nan = (VecU32)(x > 0x7f800000u);
+  VecU32 h = (is_small & small) | (~is_small & normal);
+  h = (is_large & 0x7c00) | (~is_large & h);
+  h = (is_nan & 0x7e00) | (~is_nan & h);
+  VecU16 half = __builtin_convertvector(h | (sign >> 16), VecU16);
+  std::memcpy(p, &half, sizeof half);
+}
+#endif
+
+// --- The first n lanes only (0 <= n <= lanes): tails. Lanes past n read as `fill` and are not written.
+template <class T>
+PYFUSED_INLINE Vec<compute_t<T>> load_first(const T* p, int64_t n, compute_t<T> fill = 0) {
+  constexpr int width = lanes<compute_t<T>>;
+  T buffer[width];
+  for (int i = 0; i < width; ++i) buffer[i] = from_compute<T>(fill);
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+PYFUSED_INLINE void store_first(T* p, Vec<compute_t<T>> v, int64_t n) {
+  T buffer[lanes<compute_t<T>>];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// --- fp16 scalars, through the vector code
+PYFUSED_INLINE float to_compute(f16 x) {
+  f16 buffer[lanes<float>] = {x};
+  return load(buffer)[0];
+}
+template <>
+PYFUSED_INLINE f16 from_compute<f16>(float x) {
+  f16 buffer[lanes<float>];
+  store(buffer, splat(x));
+  return buffer[0];
+}
+
+// --- Horizontal, in a fixed order
+template <class C, class V>
+PYFUSED_INLINE C reduce_add_of(V v) {
+  C parts[lanes<C>];
+  store(parts, v);
+  for (int width = lanes<C> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+PYFUSED_INLINE float reduce_add(Vec<float> v) { return reduce_add_of<float>(v); }
+PYFUSED_INLINE double reduce_add(Vec<double> v) { return reduce_add_of<double>(v); }
+
+// Calls body(T{}) with T the storage type of `dtype`; for a dtype that is none of the four, returns an invalid Status.
+template <class Body>
+PYFUSED_INLINE Status for_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(float{});
+    case DType::f64:
+      return body(double{});
+    case DType::bf16:
+      return body(bf16{});
+    case DType::f16:
+      return body(f16{});
+    default:
+      return invalid("input", "dtype must be float32, float64, bfloat16 or float16");
+  }
+}
+
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused

@@ -1,0 +1,17 @@
+"""The CUDA C++ backend: what must hold before any of its kernels can run."""
+
+import torch
+
+from .. import _binary
+
+
+def unavailable() -> str | None:
+    """Why no CUDA kernel can run here, or None."""
+    if _binary.why_not:
+        return _binary.why_not
+    cuda = _binary._C.build_info()["cuda"]
+    if cuda.startswith("off"):
+        return f"pyfused was built without CUDA: {cuda}"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
+    return None

@@ -1,0 +1,1 @@
+"""One page per op: formula, reference, allocation, registration, autograd, public function."""
