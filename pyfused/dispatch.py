@@ -114,7 +114,9 @@ def explain(op: str, *args) -> dict[str, str]:
         if backend in UNAVAILABLE:
             answer[backend] = UNAVAILABLE[backend]
         elif not args:
-            answer[backend] = "has a kernel" if backend in TABLE[op] else f"the {backend} backend has no kernel for {op}"
+            answer[backend] = (
+                "has a kernel" if backend in TABLE[op] else f"the {backend} backend has no kernel for {op}"
+            )
         else:
             answer[backend] = why_not(op, backend, args) or "can run this"
     if args:

@@ -23,6 +23,10 @@ class Case:
     make: Callable[[torch.Generator], dict]  # -> keyword arguments; floating tensors in float64
     grad: tuple[str, ...]  # arguments to differentiate
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    slack: float = 0.0  # float32 error allowed beyond eager's, relative to the largest value: an op's documented bound
+
+    def slack_for(self, dtype: torch.dtype) -> float:
+        return self.slack if dtype == torch.float32 else 0.0
 
     @property
     def id(self) -> str:

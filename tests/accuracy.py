@@ -1,0 +1,81 @@
+"""How an error is judged: against float64, and against what eager PyTorch itself loses at that dtype."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+import pyfused.functional
+
+
+def public(op: str):
+    return getattr(pyfused.functional, op)
+
+
+def eager(op: str):
+    return importlib.import_module(f"pyfused.ops.{op}").reference
+
+
+def outputs_of(function, arguments: dict) -> tuple[torch.Tensor, ...]:
+    out = function(**arguments)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def gradients_of(function, arguments: dict, names: tuple[str, ...]) -> list[torch.Tensor]:
+    """Gradients for upstream gradients that differ from element to element and are the same for every dtype."""
+    outputs = outputs_of(function, arguments)
+    g = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype).to(o.device) for o in outputs]
+    wanted = [arguments[name] for name in names]
+    grads = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+    return [torch.zeros_like(w) if x is None else x for w, x in zip(wanted, grads)]
+
+
+def to_float64(arguments: dict) -> dict:
+    """The same numbers in float64, so that rounding the inputs is nobody's error."""
+
+    def convert(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().double().requires_grad_(x.requires_grad)
+
+    return {name: convert(x) for name, x in arguments.items()}
+
+
+def on(device: str, arguments: dict) -> dict:
+    def move(x):
+        if not isinstance(x, torch.Tensor) or x.device.type == device:
+            return x
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+
+    return {name: move(x) for name, x in arguments.items()}
+
+
+def max_error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    finite = truth.isfinite() & got.isfinite()
+    return (got.double() - truth)[finite].abs().max().item() if finite.any() else 0.0
+
+
+def check(got: torch.Tensor, truth: torch.Tensor, eager_result: torch.Tensor | None, slack: float, what: str) -> None:
+    """Fail unless `got` is as good as eager: error <= 2 x eager's + 4 units in the last place of the largest value.
+
+    Args:
+        truth: the float64 result on the same inputs.
+        eager_result: eager PyTorch at the dtype under test; None where eager does not support it.
+        slack: further error allowed, relative to the largest true value; not 0 only where an op documents such a bound.
+    """
+    got = got.detach().cpu()
+    assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    expected = truth if eager_result is None else eager_result
+    if eager_result is not None:
+        assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, eager gives {expected.dtype}"
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(got), kind(expected)), f"{what}: {kind.__name__} in other places than in eager PyTorch"
+    if not truth.numel():
+        return
+    scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
+    allowed = (4 * torch.finfo(got.dtype).eps + slack) * scale
+    allowed += 2 * max_error(eager_result, truth) if eager_result is not None else 0.0
+    error = max_error(got, truth)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} at scale {scale:.3g}"
