@@ -9,6 +9,9 @@
 
 #include "build_info.h"
 #include "cpu/isa.h"
+#ifdef PYFUSED_HAS_CUDA
+#include "cuda/device.h"
+#endif
 
 namespace py = pybind11;
 
@@ -104,6 +107,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &current_isa, "The instruction set in use.");
   m.def("set_isa", &choose_isa, py::arg("name"), "Use another instruction set (also: environment PYFUSED_ISA).");
   if (const char* name = std::getenv("PYFUSED_ISA"); name && *name) choose_isa(name);
+#ifdef PYFUSED_HAS_CUDA
+  m.def("why_no_cuda", &why_no_cuda, py::arg("device"), "Why no CUDA kernel can run on this device; None if one can.");
+#endif
 #define PYFUSED_BIND(name, arguments) define_cpu(m, #name, &Kernels::name);
   PYFUSED_CPU_KERNELS(PYFUSED_BIND)
 #undef PYFUSED_BIND

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_build_info():
 
 def test_links_no_torch():
     """So that one binary serves every torch, and building needs none."""
-    data = open(_C.__file__, "rb").read()
+    data = Path(_C.__file__).read_bytes()
     for name in (b"libtorch", b"libc10", b"_ZN2at", b"_ZN3c10"):
         assert name not in data, f"the binary mentions {name.decode()}"
 
@@ -68,6 +69,13 @@ def test_no_wide_code_outside_its_namespace():
         if line.split()[1:2] == ["W"] and "pyfused::View" in line and "pyfused::View::" in line
     ]
     assert not shared, shared
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_driver_is_a_reason_and_no_crash():
+    if _C.build_info()["cuda"].startswith("off"):
+        pytest.skip(f"built without CUDA: {_C.build_info()['cuda']}")
+    assert isinstance(_C.why_no_cuda(0), str)
 
 
 def test_rejects_what_is_no_tensor():

@@ -28,7 +28,7 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("op", BY_OP)
 def test_opcheck(op):
-    """Schema, fake kernel (shapes, strides, dtypes), aliasing: for every op that the cases' forward and backward call."""
+    """Schema, fake kernel (shapes, strides, dtypes), aliasing: for every op that the cases call."""
     seen = set()
     for case in BY_OP[op]:
         arguments = case.arguments(torch.float32)

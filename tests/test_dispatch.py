@@ -31,7 +31,7 @@ def test_the_first_backend_that_does_not_object_runs(table):
 
 
 def test_forcing_a_backend_that_cannot_raises_its_reason(table):
-    with pyfused.use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu'.*n must be even, not 3"):
+    with pyfused.use_backend("cpu"), pytest.raises(RuntimeError, match=r"backend 'cpu'.*n must be even, not 3"):
         dispatch.pick("probe", ARGS)
 
 

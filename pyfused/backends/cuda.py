@@ -14,4 +14,6 @@ def unavailable() -> str | None:
         return f"pyfused was built without CUDA: {cuda}"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
+    if problem := _binary._C.why_no_cuda(torch.cuda.current_device()):
+        return f"the CUDA runtime that pyfused was built with cannot use the GPU: {problem}"
     return None

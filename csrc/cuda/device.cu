@@ -1,0 +1,26 @@
+// Can this binary's kernels run on a device? Asked of the CUDA runtime itself: it knows whether there is a driver,
+// whether it is new enough, and whether this binary holds code for the device's architecture.
+#include <cuda_runtime.h>
+
+#include "cuda/device.h"
+
+namespace pyfused {
+namespace {
+__global__ void probe() {}
+}  // namespace
+
+const char* why_no_cuda(int device) {
+  int count = 0, before = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (device >= count) return "there is no such device";
+  cudaGetDevice(&before);
+  error = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&attributes, probe);  // fails without code for the architecture
+  cudaSetDevice(before);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace pyfused
