@@ -1,5 +1,7 @@
 """The fused functions, named and ordered as in torch.nn.functional."""
 
+from .ops.conv2d_relu import conv2d_relu
+from .ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from .ops.embedding_dot import embedding_dot
 
-__all__ = ["embedding_dot"]
+__all__ = ["conv2d_relu", "conv2d_relu_max_pool2d", "embedding_dot"]

@@ -1,0 +1,243 @@
+"""Convolution + bias + ReLU.
+
+    output = max(0, input ∗ weight + bias)
+
+Backward takes the ReLU mask from the saved output, so no pre-activation and no mask tensor is kept:
+
+    g = grad where output > 0 (or NaN), else 0;  d_bias = ∑ g;  d_input, d_weight = the convolution's gradients for g
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
+
+from .._library import define, differentiable_grads, needs_grad, reject
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def reference(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """The op in eager PyTorch."""
+    return F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+
+
+# --- What the convolution ops share: layout and sizes
+def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """PyTorch's rule for convolutions: channels_last if the input or the weight is, contiguous otherwise."""
+    for x in tensors:
+        # The first comparison settles what is plainly NCHW without the loop over dimensions.
+        if x.stride(1) <= x.stride(3) and suggest_memory_format(x) == torch.channels_last:
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def output_shape(input, weight, stride, padding, dilation) -> tuple[int, ...]:
+    """(N, C_out, OH, OW)."""
+    spatial = [
+        (input.shape[d] + 2 * padding[d - 2] - dilation[d - 2] * (weight.shape[d] - 1) - 1) // stride[d - 2] + 1
+        for d in (2, 3)
+    ]
+    return (input.shape[0], weight.shape[0], *spatial)
+
+
+def conform(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`x` with exactly the strides of `like`, as the fake kernel promised; copied only where they differ."""
+    return x if x.stride() == like.stride() else like.copy_(x)
+
+
+# --- Forward
+def alloc(input, weight, bias, stride, padding, dilation, groups):
+    shape = output_shape(input, weight, stride, padding, dilation)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input, weight))
+
+
+def _reference_forward(input, weight, bias, stride, padding, dilation, groups):
+    output = reference(input, weight, bias, stride, padding, dilation, groups)
+    return conform(output, alloc(input, weight, bias, stride, padding, dilation, groups))
+
+
+_forward = define(
+    "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation,"
+    " SymInt groups) -> Tensor",
+    alloc,
+    _reference_forward,
+)
+
+
+# --- Backward
+def alloc_grads(input, weight, needed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(d_input, d_weight, d_bias); what is not needed has no elements."""
+    none = weight.new_empty(0)
+    return (
+        torch.empty_like(input, memory_format=memory_format(input, weight)) if needed[0] else none,
+        torch.empty_like(weight) if needed[1] else none.clone(),
+        weight.new_empty(weight.shape[0]) if needed[2] else none.clone(),
+    )
+
+
+def alloc_backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
+    return alloc_grads(input, weight, needed)
+
+
+def convolution_backward(g, input, weight, stride, padding, dilation, groups, needed):
+    """PyTorch's gradients for the convolution's own gradient `g`, in the strides of `alloc_grads`."""
+    grads = torch.ops.aten.convolution_backward(
+        g, input, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needed
+    )
+    return tuple(like if x is None else conform(x, like) for x, like in zip(grads, alloc_grads(input, weight, needed)))
+
+
+def _reference_backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
+    g = torch.ops.aten.threshold_backward(grad, output, 0)
+    return convolution_backward(g, input, weight, stride, padding, dilation, groups, needed)
+
+
+_backward = define(
+    "conv2d_relu_backward(Tensor grad, Tensor input, Tensor weight, Tensor output, SymInt[2] stride, SymInt[2] padding,"
+    " SymInt[2] dilation, SymInt groups, bool[3] needed) -> (Tensor, Tensor, Tensor)",
+    alloc_backward,
+    _reference_backward,
+)
+
+
+class _Conv2dReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, *options):
+        output = _forward(input, weight, bias, *options)
+        ctx.save_for_backward(input, weight, bias, output)
+        ctx.options = options
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, bias, output = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            grads = differentiable_grads(lambda *x: reference(*x, *ctx.options), (input, weight, bias), needed, grad)
+        else:
+            grads = _backward(grad, input, weight, output, *ctx.options, needed)
+            grads = [g if wanted else None for g, wanted in zip(grads, needed)]
+        return (*grads, None, None, None, None)
+
+
+# --- Arguments
+def is_native(input, weight, bias) -> bool:
+    """Whether these are tensors that the registered op takes; eager PyTorch judges and runs everything else."""
+    return (
+        isinstance(input, torch.Tensor)
+        and isinstance(weight, torch.Tensor)
+        and input.dtype in DTYPES
+        and input.device.type in ("cpu", "cuda")
+        and input.layout == weight.layout == torch.strided
+        and weight.dtype == input.dtype
+        and weight.device == input.device
+        and (bias is None or (bias.dtype == input.dtype and bias.device == input.device))
+    )
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in the dtype that autocast gives to a convolution; float64 stays, as there."""
+    device = next(x.device.type for x in tensors if isinstance(x, torch.Tensor))
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(value, (int, torch.SymInt)):
+        return (value, value)
+    value = tuple(value)
+    return value * 2 if len(value) == 1 else value
+
+
+def prepare(input, weight, bias, stride, padding, dilation, groups) -> tuple[str | None, tuple]:
+    """What is wrong with the arguments (None: nothing), and the registered op's arguments made of them.
+
+    Those are batched, with pairs for stride, padding and dilation. Where padding="same" is one longer on one side than
+    on the other, the input is padded, as PyTorch does it.
+    """
+    if input.dim() not in (3, 4):
+        return f"input must be (N, C, H, W) or (C, H, W), got {tuple(input.shape)}", ()
+    if weight.dim() != 4:
+        return f"weight must be (C_out, C_in / groups, KH, KW), got {tuple(weight.shape)}", ()
+    if input.dim() == 3:
+        input = input.unsqueeze(0)
+    stride, dilation = pair(stride), pair(dilation)
+    if padding == "same":
+        if stride != (1, 1):
+            return f"padding='same' needs stride 1, got {stride}", ()
+        total = [dilation[d] * (weight.shape[2 + d] - 1) for d in range(2)]
+        padding = (total[0] // 2, total[1] // 2)
+        if total[0] % 2 or total[1] % 2:
+            input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    elif isinstance(padding, str):
+        if padding != "valid":
+            return f"padding must be 'same', 'valid' or one or two integers, got {padding!r}", ()
+        padding = (0, 0)
+    else:
+        padding = pair(padding)
+    args = (input, weight, bias, stride, padding, dilation, groups)
+    return _problem(*args), args
+
+
+def _problem(input, weight, bias, stride, padding, dilation, groups) -> str | None:
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(value) != 2 or min(value) < least:
+            return f"{name} must be one or two integers of at least {least}, got {value}"
+    channels, (c_out, per_group, kh, kw) = input.shape[1], weight.shape
+    if groups < 1 or c_out % groups or c_out < groups:
+        return f"groups must divide C_out, got groups={groups} and C_out={c_out}"
+    if channels != per_group * groups:
+        return f"input has {channels} channels, but weight and groups={groups} ask for {per_group * groups}"
+    if bias is not None and bias.shape != (c_out,):
+        return f"bias must be ({c_out},), got {tuple(bias.shape)}"
+    if kh * kw * channels == 0:
+        return f"weight must not be empty, got {tuple(weight.shape)}"
+    if min(output_shape(input, weight, stride, padding, dilation)[2:]) < 1:
+        return (
+            f"the kernel is larger than the padded input {tuple(input.shape)}: kernel ({kh}, {kw}), padding {padding}"
+        )
+    return None
+
+
+def conv2d_relu(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """relu(conv2d(input, weight, bias)) in one pass; keeps only the output for backward.
+
+    Args: as torch.nn.functional.conv2d.
+        input: (N, C_in, H, W) or (C_in, H, W); float32, float64, bfloat16 or float16. Others run in eager PyTorch.
+        weight: (C_out, C_in / groups, KH, KW), of the input's dtype.
+        bias: (C_out,) or None.
+        padding: one or two integers, "valid" or "same".
+
+    Returns:
+        (N, C_out, OH, OW), or without N as the input; channels_last where input or weight is.
+
+    Raises:
+        What torch.nn.functional.conv2d raises for the same arguments.
+    """
+    given = (input, weight, bias, stride, padding, dilation, groups)
+    if isinstance(input, torch.Tensor):
+        input, weight, bias = autocast(input, weight, bias)
+    if not is_native(input, weight, bias):
+        return reference(*given)
+    problem, args = prepare(input, weight, bias, stride, padding, dilation, groups)
+    if problem:
+        reject("conv2d_relu", problem, reference, *given)
+    output = (_Conv2dReLU.apply if needs_grad(*args[:3]) else _forward)(*args)
+    return output.squeeze(0) if input.dim() == 3 else output
