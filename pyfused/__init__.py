@@ -1,8 +1,8 @@
 """Fused conv + ReLU, softmax-cross-entropy and embedding-dot kernels for PyTorch, on CPU and GPU."""
 
-from . import functional
 from . import backends as _backends  # fills the dispatch table
+from . import functional, nn
 from .dispatch import backends, explain, ops, use_backend
 
 __version__ = "0.1.0"
-__all__ = ["backends", "explain", "functional", "ops", "use_backend"]
+__all__ = ["backends", "explain", "functional", "nn", "ops", "use_backend"]
