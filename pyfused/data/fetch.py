@@ -33,17 +33,21 @@ def verified(path: Path, md5: str) -> bool:
     return path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == md5
 
 
-def obtain(name: str, files: dict[str, str], ways: Sequence[tuple[str, Callable[[Path], None]]], by_hand: str) -> Path:
-    """Folder in the cache that holds `files` (name -> MD5), filled by the first of `ways` that works.
+Way = tuple[str, dict[str, str], Callable[[Path], None]]
 
-    A way is (description, function of an empty folder that puts the files there, or raises Unavailable or OSError).
-    Raises FileNotFoundError, with what each way said and what to do by hand, when none works.
+
+def obtain(name: str, ways: Sequence[Way], by_hand: str) -> Path:
+    """The folder `name` of the cache, filled by the first of `ways` that works unless it already holds one's files.
+
+    A way is (description, {file: MD5}, function of an empty folder that puts those files there). Raises
+    FileNotFoundError, with what each way said and what to do by hand, when none works.
     """
     target = cache_dir() / name
-    if all(verified(target / file, md5) for file, md5 in files.items()):
-        return target
+    for _, files, _ in ways:
+        if all(verified(target / file, md5) for file, md5 in files.items()):
+            return target
     failures = []
-    for description, get in ways:
+    for description, files, get in ways:
         try:
             target.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as partial:

