@@ -1,8 +1,8 @@
 """Time contenders against each other so that the comparison can be believed.
 
-All contenders of a case run in one process, on the same inputs, in turns: whatever disturbs the machine disturbs all of
-them. Before anything is timed their results are held against each other, so a fast wrong kernel has no time at all. Each
-case knows the bytes it must move and the flops it must do; a time then becomes a share of what the machine could do.
+All contenders of a case run in one process, on the same inputs, in turns: whatever disturbs the machine disturbs all
+of them. Before anything is timed their results are held against each other, so a fast wrong kernel has no time at all.
+Each case knows the bytes it must move and the flops it must do; a time so becomes a share of what the machine can do.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import torch
 from torch import Tensor
 
 from . import machine
 
-COLUMNS = (
-    "date commit pyfused torch hardware isa device threads malloc op case shape dtype direction contender "
-    "p20_ms p50_ms p80_ms calls bytes flops gb_s gflop_s copy_gb_s matmul_gflop_s share vs_eager vs_compile extra_mib"
-).split()
+COLUMNS = [
+    *("date", "commit", "pyfused", "torch", "hardware", "isa", "device", "threads", "malloc"),
+    *("op", "case", "shape", "dtype", "direction", "contender", "p20_ms", "p50_ms", "p80_ms", "calls"),
+    *("bytes", "flops", "gb_s", "gflop_s", "copy_gb_s", "matmul_gflop_s", "share"),
+    *("vs_eager", "vs_compile", "extra_mib"),
+]
 
 # Largest relative error (Euclidean norm) between an output of a contender and eager's. bfloat16 and float16 outputs are
 # rounded at different places, so only their last bits may differ.
@@ -100,8 +102,8 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 def check_agreement(results: dict[str, Sequence[Tensor]], gradient_tolerance: float = 0.0) -> None:
     """Raise `Disagreement` unless every contender's tensors equal those of the first, within `TOLERANCE`.
 
-    ``gradient_tolerance`` is the least tolerance for all but the first tensor: where a function has kinks (ReLU, maximum),
-    rounding decides a few elements' branch, and each of them changes the gradient by more than rounding.
+    ``gradient_tolerance`` is the least tolerance for all but the first tensor: where a function has kinks (ReLU,
+    maximum), rounding decides the branch of a few elements, and each changes the gradient by more than rounding.
     """
     (first, expected), *others = results.items()
     for name, actual in others:
@@ -124,7 +126,7 @@ def _timed_calls(run: Callable, calls: int, device: torch.device) -> list[float]
             run()
             mark.record()
         torch.cuda.synchronize(device)
-        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in pairwise(marks)]
     times = []
     for _ in range(calls):
         start = time.perf_counter()
@@ -172,7 +174,9 @@ def _quantiles(values: list[float]) -> Timing:
     return Timing(*torch.quantile(torch.tensor(values, dtype=torch.float64), levels).tolist(), calls=len(values))
 
 
-def _prepare(case, direction: str, device: torch.device, with_compile: bool, announce: Callable) -> dict[str, Contender]:
+def _prepare(
+    case, direction: str, device: torch.device, with_compile: bool, announce: Callable
+) -> dict[str, Contender]:
     """Build and warm up the contenders of a case and check that they agree.
 
     A rival that cannot run here (no C++ compiler for torch.compile, say) is announced and left out; ours must run.
@@ -229,8 +233,10 @@ def run_case(
 ) -> list[dict]:
     """Rows (see `COLUMNS`) of one case in one direction, one row a contender. Raises `Disagreement`."""
     torch.manual_seed(0)
-    torch.compiler.reset()  # a case must not meet the recompile limit because of the cases before it
-    freezing = torch._inductor.config.patch(freezing=direction == "forward")
+    freezing = contextlib.nullcontext()
+    if with_compile:
+        torch.compiler.reset()  # a case must not meet the recompile limit because of the cases before it
+        freezing = torch._inductor.config.patch(freezing=direction == "forward")
     with freezing:  # also while timing: the setting is read when a graph is traced, whenever that happens
         contenders = _prepare(case, direction, device, with_compile, announce)
         timings = interleave({name: c.run for name, c in contenders.items()}, device, seconds=seconds)
@@ -253,7 +259,7 @@ def compare(
     """Run the benchmark cases and return their rows, one dict (keys: `COLUMNS`) per case, direction and contender.
 
     Args:
-        quick: small shapes, no torch.compile, no memory measurement: under a minute. Else the full shapes: many minutes.
+        quick: small shapes, no torch.compile, no memory measurement: under a minute. Else full shapes: long.
         ops: names of ops to run, all if empty.
         dtype: run the cases of float32 at this dtype instead, and leave out those of other dtypes.
         announce: is called with one line of text before each case, and for each contender left out.
@@ -263,7 +269,7 @@ def compare(
         ValueError: no case is left.
     """
     from . import memory as memory_of
-    from .cases import select
+    from .cases import select  # the cases need the ops; the harness does not
 
     device = torch.device(device)
     with_compile = not quick if with_compile is None else with_compile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-# glibc reads these when a process starts. With them, a freed block of any size is kept and used again instead of going back
-# to the kernel, which would hand out zeroed pages, one page fault each, at the next allocation.
+# glibc reads these when a process starts. With them a freed block of any size is kept and used again, instead of going
+# back to the kernel, which would hand out zeroed pages, one page fault each, at the next allocation.
 TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
@@ -125,7 +126,5 @@ def describe(device: torch.device) -> dict[str, object]:
 
 def trim() -> None:
     """Give free heap memory back to the kernel, where the C library can (glibc)."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass

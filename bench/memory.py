@@ -24,7 +24,8 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
     return sum(p.nbytes for p in parts)
 
 
-def _peak_extra_here(case, direction: str, name: str, device: torch.device, threads: int) -> int:
+def peak_extra_here(case, direction: str, name: str, device: torch.device, threads: int) -> int:
+    """`peak_extra` in this process: right only if little ran in it before."""
     torch.set_num_threads(threads)
     # A small problem first: libraries load, thread pools start and code is generated before the baseline is taken.
     case.tiny().contenders(direction, device)[name]().run()
@@ -38,17 +39,18 @@ def _peak_extra_here(case, direction: str, name: str, device: torch.device, thre
     machine.trim()
     baseline = _status("VmRSS")
     contender.run()
+    machine.trim()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
     results = _nbytes(contender.result())
     return _status("VmHWM") - baseline - results
 
 
 def peak_extra(case, direction: str, name: str, device: torch.device) -> int:
-    """Bytes that one call needs at its worst moment, besides its inputs and its results (the loss and the gradients).
+    """Bytes that one call needs at its worst moment, besides its inputs and its results (loss and gradients).
 
-    Counts everything that is resident, also what C++ code allocates behind torch's back and what a library keeps for the
-    next call, which a tensor profiler would not see. Linux only (on a GPU: torch's own counter).
+    Counts everything that is resident, also what C++ code allocates behind torch's back and what a library keeps for
+    the next call, which a tensor profiler would not see. Linux only (on a GPU: torch's own counter).
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_extra_here, case, direction, name, device, torch.get_num_threads()).result()
+        return pool.submit(peak_extra_here, case, direction, name, device, torch.get_num_threads()).result()

@@ -1,0 +1,121 @@
+"""Command line of the benchmark: ``python -m bench --help``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from . import machine, report
+from .harness import Disagreement, compare
+
+
+class Direction(str, Enum):
+    forward = "forward"
+    training = "training"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Malloc(str, Enum):
+    default = "default"
+    tuned = "tuned"
+    both = "both"
+
+
+def results_folder(quick: bool) -> Path:
+    """bench/results of a checkout, whose rows are committed; elsewhere, and for quick runs, a folder here."""
+    root = machine.checkout()
+    return root / "bench" / "results" if root and not quick else Path("pyfused-bench")
+
+
+def _in_children(malloc: Malloc) -> None:
+    """Run this command line again, once per malloc mode: the C library reads its settings when a process starts."""
+    modes = [Malloc.default, Malloc.tuned] if malloc is Malloc.both else [malloc]
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["bench"]:  # `pyfused bench ...`
+        arguments = arguments[1:]
+    for mode in modes:
+        environment = {k: v for k, v in os.environ.items() if k not in machine.TUNED_MALLOC}
+        environment |= machine.TUNED_MALLOC if mode is Malloc.tuned else {}
+        # The last --malloc on a command line wins.
+        command = [sys.executable, "-m", __package__, *arguments, "--malloc", mode.value]
+        if code := subprocess.run(command, env=environment).returncode:
+            raise typer.Exit(code)
+
+
+def main(
+    ops: Annotated[
+        list[str] | None, typer.Argument(help="Ops to measure, e.g. cross_entropy. All if none is named.")
+    ] = None,
+    direction: Annotated[
+        Direction | None, typer.Option(help="Only the forward pass, or only the training step.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Run the float32 cases at this dtype instead.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, no torch.compile: under a minute.")] = False,
+    with_compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Race torch.compile too. Default: not with --quick.")
+    ] = None,
+    memory: Annotated[
+        bool | None, typer.Option("--memory/--no-memory", help="Measure peak extra memory. Default: not with --quick.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    malloc: Annotated[
+        Malloc, typer.Option(help="The C library's allocator as it comes, or tuned to keep freed memory.")
+    ] = Malloc.default,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Append rows to a CSV file and draw plots.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for rows and plots. Default: bench/results, or ./pyfused-bench.")
+    ] = None,
+) -> None:
+    """Race eager PyTorch, torch.compile and pyfused on the same inputs, in turns."""
+    if malloc is Malloc.both or malloc.value != machine.malloc_mode():
+        return _in_children(malloc)
+    if threads:
+        torch.set_num_threads(threads)
+    console = Console()
+    try:
+        with console.status("starting") as status:
+            rows = compare(
+                quick,
+                ops or (),
+                directions=[direction.value] if direction else ("forward", "training"),
+                dtype=getattr(torch, dtype.value) if dtype else None,
+                device=device,
+                with_compile=with_compile,
+                memory=memory,
+                announce=lambda text: (
+                    console.print(text, highlight=False) if "left out" in text else status.update(text)
+                ),
+            )
+    except (Disagreement, ValueError) as error:
+        console.print(f"[red]{error}[/]")
+        raise typer.Exit(1) from None
+    console.print(report.tables(rows))
+    if save:
+        folder = out or results_folder(quick)
+        suffix = "" if malloc is Malloc.default else f"-{malloc.value}-malloc"
+        report.write_csv(rows, folder / f"{torch.device(device).type}.csv")
+        report.plot_speedups(rows, folder / f"speedup{suffix}.png")
+        report.plot_roofline(rows, folder / f"roofline{suffix}.png")
+        console.print(f"rows and plots in {folder}")
+
+
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,184 @@
+"""Whole steps of small networks: what a user of the package gets in the end, optimizer included."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pyfused.functional as PF
+import pyfused.nn as pnn
+from pyfused.models import MnistCNN, Recommender
+
+from .harness import Contender
+from .workloads import Builders, Case, Conv, Cost
+
+
+def training_step(loss_of: Callable, model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
+    """zero_grad, forward, backward, step. The result to agree on is the loss and the gradients before any step."""
+    # By name: two models may declare their parameters in different orders.
+    parameters = [p for _, p in sorted(model.named_parameters())]
+
+    def gradients():
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in parameters)]
+
+    def run():
+        gradients()
+        optimizer.step()
+
+    return Contender(run, gradients)
+
+
+def inference(function: Callable) -> Contender:
+    @torch.no_grad()
+    def run():
+        return [function()]
+
+    return Contender(run, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistStep(Case):
+    """The CNN of the demo on random pixels: a training step with Adam, or the scores of a batch."""
+
+    op: ClassVar[str] = "mnist_cnn"
+    gradient_tolerance: ClassVar[float] = 1e-2
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"batch {self.batch}"
+
+    @property
+    def shape_text(self) -> str:
+        return f"{self.batch}x1x28x28"
+
+    def tiny(self) -> Case:
+        return replace(self, batch=2)
+
+    def cost(self, direction: str) -> Cost:
+        n, layer = self.batch, dict(dtype=self.dtype, why="")
+        layers = [
+            Conv(shape=(n, 1, 28, 28), out=32, pool=True, first=True, **layer),
+            Conv(shape=(n, 32, 13, 13), out=64, pool=True, **layer),
+            Conv(shape=(n, 64, 5, 5), out=64, **layer),
+            Conv(shape=(n, 576, 1, 1), out=64, kernel=1, **layer),  # a dense layer is a convolution of one pixel
+            Conv(shape=(n, 64, 1, 1), out=10, kernel=1, **layer),
+        ]
+        costs = [c.cost(direction) for c in layers]
+        return Cost(sum(c.bytes for c in costs), sum(c.flops for c in costs))
+
+    def contenders(self, direction: str, device: torch.device) -> Builders:
+        template = MnistCNN(fused=False).to(device, self.dtype)
+        pixels = torch.randn(self.batch, 1, 28, 28, device=device).to(self.dtype)
+        labels = torch.randint(10, (self.batch,), device=device)
+
+        def build(fused, memory_format, compiled=False):
+            model = MnistCNN(fused=fused).to(device, self.dtype)
+            model.load_state_dict(template.state_dict())
+            model.to(memory_format=memory_format).train(direction == "training")
+            x = pixels.to(memory_format=memory_format)
+            if direction == "forward":
+                function = torch.compile(model) if compiled else model
+                return inference(lambda: function(x))
+            criterion = PF.cross_entropy if fused else F.cross_entropy
+
+            def loss_of(x, labels):
+                return criterion(model(x), labels)
+
+            function = torch.compile(loss_of) if compiled else loss_of
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+            return training_step(lambda: function(x, labels), model, optimizer)
+
+        plain, last = torch.contiguous_format, torch.channels_last
+        return {
+            "eager": lambda: build(False, plain),
+            "eager channels_last": lambda: build(False, last),
+            "compile": lambda: build(False, plain, compiled=True),
+            "compile channels_last": lambda: build(False, last, compiled=True),
+            "pyfused": lambda: build(True, plain),
+        }
+
+
+class EagerDot(nn.Module):
+    """Two sparse nn.Embedding and a product: what `pyfused.nn.EmbeddingDot` replaces."""
+
+    def __init__(self, users: int, items: int, dim: int) -> None:
+        super().__init__()
+        self.user, self.item = (nn.Embedding(rows, dim, sparse=True) for rows in (users, items))
+
+    def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        return (self.user(user) * self.item(item)).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommenderStep(Case):
+    """Scores of user-item pairs and a squared error: dense tables with Adam, or large tables with sparse SGD."""
+
+    op: ClassVar[str] = "recommender"
+    batch: int
+    users: int
+    items: int
+    dim: int
+    sparse: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"batch {self.batch} of {self.users}x{self.items} D{self.dim}" + " sparse SGD" * self.sparse
+
+    @property
+    def shape_text(self) -> str:
+        return f"{self.batch} of {self.users}x{self.items} D{self.dim}"
+
+    def tiny(self) -> Case:
+        return replace(self, batch=8, users=16, items=16)
+
+    def cost(self, direction: str) -> Cost:
+        row = self.dim * self.dtype.itemsize
+        forward = Cost(2 * self.batch * (row + 8), 2 * self.batch * self.dim)
+        if direction == "forward":
+            return forward
+        # Backward gathers again. SGD updates those rows; Adam reads and writes every row, moment and gradient.
+        updated = 4 * self.batch * row if self.sparse else (self.users + self.items) * row * 8
+        return Cost(2 * forward.bytes + updated, 3 * forward.flops)
+
+    def _model(self, fused: bool) -> nn.Module:
+        if not self.sparse:
+            return Recommender(self.users, self.items, self.dim, fused=fused)
+        if fused:
+            return pnn.EmbeddingDot(self.users, self.items, self.dim, sparse=True)
+        return EagerDot(self.users, self.items, self.dim)
+
+    def contenders(self, direction: str, device: torch.device) -> Builders:
+        template = self._model(False).to(device, self.dtype)
+        user, item = (torch.randint(n, (self.batch,), device=device) for n in (self.users, self.items))
+        rating = torch.randn(self.batch, device=device).to(self.dtype)
+
+        def build(fused, compiled=False):
+            model = self._model(fused).to(device, self.dtype)
+            model.load_state_dict(copy.deepcopy(template.state_dict()))
+
+            def loss_of(user, item, rating):
+                return F.mse_loss(model(user, item), rating)
+
+            if direction == "forward":
+                function = torch.compile(model) if compiled else model
+                return inference(lambda: function(user, item))
+            function = torch.compile(loss_of) if compiled else loss_of
+            adam_or_sgd = torch.optim.SGD if self.sparse else torch.optim.Adam
+            optimizer = adam_or_sgd(model.parameters(), lr=1e-3)
+            return training_step(lambda: function(user, item, rating), model, optimizer)
+
+        return {
+            "eager": lambda: build(False),
+            "compile": lambda: build(False, compiled=True),
+            "pyfused": lambda: build(True),
+        }

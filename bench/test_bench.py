@@ -1,0 +1,249 @@
+"""`pytest bench`: the harness itself, and pytest-benchmark entries of the quick cases (PYFUSED_BENCH=full: all cases).
+
+Nothing here asserts a time.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+from . import harness, machine, memory, report
+from .__main__ import app
+from .cases import FULL, QUICK, select
+from .workloads import Conv, CrossEntropy, EmbeddingDot, LinearCrossEntropy
+
+CPU = torch.device("cpu")
+EVERYTHING = os.environ.get("PYFUSED_BENCH") == "full"
+
+
+def entries():
+    for case in FULL if EVERYTHING else QUICK:
+        for direction in case.directions:
+            for name in case.tiny().contenders(direction, CPU):
+                if EVERYTHING or "compile" not in name:
+                    yield pytest.param(case, direction, name, id=f"{case.title(direction)} {name}".replace(" ", "-"))
+
+
+@pytest.mark.parametrize("case, direction, name", list(entries()))
+def test_benchmark(benchmark, case, direction, name):
+    torch.manual_seed(0)
+    benchmark.group = case.title(direction)
+    benchmark.extra_info |= case.cost(direction)._asdict()
+    contender = case.contenders(direction, CPU)[name]()
+    benchmark(contender.run)
+
+
+@pytest.mark.parametrize("direction", ["forward", "training"])
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.title("").replace(" ", "-"))
+def test_contenders_agree(case, direction):
+    torch.manual_seed(0)
+    builders = case.contenders(direction, CPU)
+    results = {name: build().result() for name, build in builders.items() if "compile" not in name}
+    assert "eager" in results and "pyfused" in results
+    harness.check_agreement(results, case.gradient_tolerance)
+
+
+def test_interleaving_gives_every_contender_its_turn_in_every_round():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = harness.interleave(runs, CPU, seconds=1e-9, rounds=4)
+    assert order[-12:] == list("abccbaabccba")  # at so little time a turn is one call
+    for timing in timings.values():
+        assert timing.calls == 4
+        assert 0 <= timing.p20 <= timing.p50 <= timing.p80
+
+
+def test_a_longer_budget_means_more_calls():
+    short, long = (harness.interleave({"a": lambda: torch.ones(1000).sum()}, CPU, seconds=s) for s in (1e-9, 0.05))
+    assert long["a"].calls > short["a"].calls
+
+
+def test_disagreement_is_caught():
+    good = [torch.ones(3), torch.arange(4.0)]
+    harness.check_agreement({"eager": good, "same": [t.clone() for t in good]})
+    nan = torch.tensor([0.0, 1.0, 2.0, float("nan")])
+    for wrong in (
+        [torch.ones(3) * 1.01, good[1]],
+        [good[0], -good[1]],
+        [good[0], nan],
+        [good[0], good[1][:3]],
+        good[:1],
+    ):
+        with pytest.raises(harness.Disagreement, match="wrong"):
+            harness.check_agreement({"eager": good, "wrong": wrong})
+
+
+def test_kinks_widen_the_tolerance_of_gradients_only():
+    eager, other = [torch.ones(3)] * 2, [torch.ones(3), torch.ones(3) * 1.005]
+    harness.check_agreement({"eager": eager, "other": other}, gradient_tolerance=1e-2)
+    with pytest.raises(harness.Disagreement, match="gradient 1"):
+        harness.check_agreement({"eager": eager, "other": other})
+    with pytest.raises(harness.Disagreement, match="output"):
+        harness.check_agreement({"eager": eager, "other": other[::-1]}, gradient_tolerance=1e-2)
+
+
+def test_sparse_gradients_are_compared_coalesced():
+    def sparse(rows, values):
+        values = torch.tensor(values)[:, None]
+        return [torch.sparse_coo_tensor([rows], values, (5, 1), check_invariants=True)]
+
+    twice = sparse([3, 3, 1], [1.0, 2.0, 4.0])
+    harness.check_agreement({"eager": twice, "coalesced": sparse([1, 3], [4.0, 3.0])})
+    harness.check_agreement({"eager": twice, "dense": [twice[0].to_dense()]})
+    for wrong in (sparse([1, 3], [4.0, 2.0]), sparse([1, 2], [4.0, 3.0])):
+        with pytest.raises(harness.Disagreement):
+            harness.check_agreement({"eager": twice, "wrong": wrong})
+
+
+class WrongKernel(CrossEntropy):
+    def contenders(self, direction, device):
+        builders = super().contenders(direction, device)
+        logits = torch.randn(self.shape, device=device, requires_grad=True)
+        target = torch.zeros(self.shape[0], dtype=torch.long, device=device)
+        builders["pyfused"] = lambda: harness.step(F.cross_entropy, [(logits, target)], [logits], direction)
+        return builders
+
+
+def test_a_wrong_contender_has_no_time():
+    with pytest.raises(harness.Disagreement, match="pyfused differs from eager: output"):
+        harness.run_case(WrongKernel(shape=(8, 16), why=""), "training", CPU, with_compile=False, seconds=1e-3)
+
+
+class BrokenRival(CrossEntropy):
+    broken = "rival"
+
+    def contenders(self, direction, device):
+        def fail():
+            raise RuntimeError("no compiler")
+
+        return super().contenders(direction, device) | {self.broken: fail}
+
+
+class BrokenOurs(BrokenRival):
+    broken = "pyfused"
+
+
+def test_a_rival_that_cannot_run_is_left_out_and_said_so():
+    said = []
+    arguments = {"with_compile": False, "seconds": 1e-3, "announce": said.append}
+    rows = harness.run_case(BrokenRival(shape=(8, 16), why=""), "forward", CPU, **arguments)
+    assert [row["contender"] for row in rows] == ["eager", "pyfused"]
+    assert len(said) == 1 and "rival left out: RuntimeError: no compiler" in said[0]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        harness.run_case(BrokenOurs(shape=(8, 16), why=""), "forward", CPU, **arguments)
+
+
+def test_step_walks_through_its_batches_and_always_judges_the_first():
+    seen = []
+    batches = [(torch.tensor(float(i), requires_grad=True),) for i in range(3)]
+    contender = harness.step(lambda x: seen.append(x.item()) or 2 * x, batches, [batches[0][0]], "forward")
+    for _ in range(4):
+        contender.run()
+    contender.result()
+    assert seen == [0, 1, 2, 0, 0]
+
+
+def test_upstream_gradient_has_the_same_values_in_every_memory_format():
+    plain = torch.empty(2, 3, 4, 4)
+    last = plain.to(memory_format=torch.channels_last)
+    a, b = harness._upstream_like(plain), harness._upstream_like(last)
+    assert torch.equal(a, b) and b.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("case", FULL + QUICK, ids=lambda case: case.title("").replace(" ", "-"))
+def test_cost_models(case):
+    assert case.why
+    forward, training = case.cost("forward"), case.cost("training")
+    assert 0 < forward.bytes < training.bytes
+    assert 0 < forward.flops < training.flops
+
+
+def test_cost_models_by_hand():
+    conv = Conv(shape=(2, 3, 6, 6), out=4, why="")  # output 2 x 4 x 4 x 4
+    assert conv.cost("forward") == (4 * (216 + 108 + 4 + 128), 2 * 128 * 27)
+    assert conv.cost("training").bytes == 4 * (456 + 216 + 128 + 216 + 4 + 216 + 128)
+    pooled = Conv(shape=(2, 3, 6, 6), out=4, pool=True, first=True, why="")  # output 2 x 4 x 2 x 2
+    assert pooled.cost("training") == (4 * (216 + 108 + 4 + 32 + 216 + 32 + 216 + 4) + 64, 2 * 2 * 128 * 27)
+    assert CrossEntropy(shape=(8, 10), why="").cost("training").bytes == 3 * 320 + 2 * 64
+    assert LinearCrossEntropy(rows=2, features=3, classes=5, why="").cost("training").flops == 3 * 2 * 2 * 3 * 5
+    dot = EmbeddingDot(batch=4, table_rows=9, dim=2, why="")
+    assert dot.cost("forward") == (4 * (16 + 16 + 4), 16)
+    assert dot.cost("training").bytes == 2 * 144 + 2 * 9 * 8
+
+
+def test_selection():
+    assert {case.op for case in select(True, ["cross_entropy"])} == {"cross_entropy"}
+    assert all(case.dtype == torch.float64 for case in select(True, dtype=torch.float64))
+    assert len({case.title("") for case in FULL}) == len(FULL)
+    assert {case.op for case in QUICK} == {case.op for case in FULL}
+    with pytest.raises(ValueError, match="unknown op conv3d: choose from conv2d_relu"):
+        select(True, ["conv3d"])
+
+
+def test_compare_gives_rows_that_become_csv_and_plots(tmp_path):
+    rows = harness.compare(True, ["cross_entropy", "linear_cross_entropy"], directions=["forward"])
+    assert all(list(row) == harness.COLUMNS for row in rows)
+    assert {row["contender"] for row in rows} == {"eager", "torch chunked", "pyfused"}
+    assert all(row["vs_eager"] == 1 for row in rows if row["contender"] == "eager")
+    assert all(row["share"] > 0 and row["threads"] == torch.get_num_threads() for row in rows)
+    path = tmp_path / "new" / "cpu.csv"
+    report.write_csv(rows, path)
+    report.write_csv(rows, path)
+    with path.open(newline="") as file:
+        stored = list(csv.DictReader(file))
+    assert len(stored) == 2 * len(rows) and list(stored[0]) == harness.COLUMNS
+    assert float(stored[0]["p50_ms"]) == pytest.approx(rows[0]["p50_ms"], rel=1e-4)
+    for plot in (report.plot_speedups, report.plot_roofline):
+        plot(rows, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "plot.png").unlink()
+    assert report.tables(rows).renderables
+    path.write_text("other,columns\n")
+    with pytest.raises(ValueError, match="other columns"):
+        report.write_csv(rows, path)
+
+
+class Hungry(CrossEntropy):
+    """Each call holds 64 MiB, all of it touched, and returns 16."""
+
+    def contenders(self, direction, device):
+        def run():
+            result = torch.ones(16 * 2**18)
+            torch.ones(64 * 2**18)
+            return [result]
+
+        return {"eager": lambda: harness.Contender(run, run)}
+
+
+def test_peak_memory_is_what_a_call_holds_besides_inputs_and_results():
+    extra = memory.peak_extra(Hungry(shape=(2, 2), why=""), "training", "eager", CPU) / 2**20
+    assert 60 < extra < 72
+
+
+def test_memory_is_in_the_rows_of_training_steps():
+    rows = harness.compare(True, ["linear_cross_entropy"], directions=["training"], memory=True)
+    extra = {row["contender"]: row["extra_mib"] for row in rows}
+    assert extra.keys() == {"eager", "torch chunked", "pyfused"}
+    assert extra["eager"] > 8  # its logits alone
+
+
+def test_command_line(tmp_path):
+    runner = CliRunner()
+    result = runner.invoke(app, ["cross_entropy", "--quick", "--direction", "forward", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.iterdir()} == {"cpu.csv", "speedup.png", "roofline.png"}
+    assert "pyfused" in result.output and "8192x10" in result.output
+    result = runner.invoke(app, ["conv3d", "--quick"])
+    assert result.exit_code == 1 and "unknown op conv3d" in result.output
+
+
+def test_ceilings_are_measured_once_per_thread_count_and_size():
+    first = machine.copy_rate(3 << 20, CPU)
+    assert first > 0 and machine.copy_rate((3 << 20) + 1, CPU) == first
+    assert machine.matmul_rate(torch.float32, CPU) > 0
