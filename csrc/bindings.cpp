@@ -5,9 +5,12 @@
 
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "build_info.h"
+#include "cpu/cache.h"
 #include "cpu/isa.h"
 #ifdef PYFUSED_HAS_CUDA
 #include "cuda/device.h"
@@ -60,6 +63,37 @@ bool read_view(PyObject* object, View& view) {
   return true;
 }
 
+// A tensor like `prototype` (shape, strides, dtype) whose memory comes from the cache and goes back to it.
+struct CachedTensor {
+  DLManagedTensor managed;
+  std::vector<int64_t> shape, strides;
+  std::size_t bytes;
+};
+py::object cached_like(py::object prototype) {
+  const DLPackExchangeAPI* api = exchange_api(Py_TYPE(prototype.ptr()));
+  DLTensor like;
+  if (!api || api->view_from_object(prototype.ptr(), &like) != 0) throw py::type_error("cached_like takes a tensor");
+  auto cached = std::make_unique<CachedTensor>();
+  int64_t last = 0;  // offset of the last element
+  for (int i = 0; i < like.ndim; ++i) last += (like.shape[i] - 1) * like.strides[i];
+  cached->shape.assign(like.shape, like.shape + like.ndim);
+  cached->strides.assign(like.strides, like.strides + like.ndim);
+  cached->bytes = static_cast<std::size_t>(last + 1) * like.dtype.bits / 8;
+  like.data = cache_take(cached->bytes);
+  like.byte_offset = 0;
+  like.shape = cached->shape.data();
+  like.strides = cached->strides.data();
+  cached->managed = {{1, 0}, cached.get(), nullptr, 0, like};
+  cached->managed.deleter = [](DLManagedTensor* self) {
+    auto* owner = static_cast<CachedTensor*>(self->context);
+    cache_give(self->tensor.data, owner->bytes);
+    delete owner;
+  };
+  void* object = nullptr;
+  if (api->object_from_managed(&cached.release()->managed, &object) != 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
 void raise(const char* kernel, const Status& status) {
   std::string argument = status.argument ? status.argument : "";
   if (status.code == Status::out_of_range)
@@ -107,6 +141,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &current_isa, "The instruction set in use.");
   m.def("set_isa", &choose_isa, py::arg("name"), "Use another instruction set (also: environment PYFUSED_ISA).");
   if (const char* name = std::getenv("PYFUSED_ISA"); name && *name) choose_isa(name);
+  m.def("cached_like", &cached_like, py::arg("prototype"), "An uninitialised tensor like this one, in cached memory.");
+  m.def("cache_held", &cache_held, "Bytes in free blocks of the cache.");
+  m.def("cache_empty", &cache_empty, "Give the free blocks back to the system.");
+  m.def("cache_limit", &cache_limit, py::arg("bytes"), "Hold at most this many bytes.");
+  m.attr("cache_smallest") = kCacheSmallest;
 #ifdef PYFUSED_HAS_CUDA
   m.def("why_no_cuda", &why_no_cuda, py::arg("device"), "Why no CUDA kernel can run on this device; None if one can.");
 #endif

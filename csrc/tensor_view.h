@@ -28,6 +28,15 @@ struct DLTensor {
   int64_t* strides;
   uint64_t byte_offset;
 };
+struct DLManagedTensor {  // "versioned" in the specification
+  struct {
+    uint32_t major, minor;
+  } version;
+  void* context;
+  void (*deleter)(DLManagedTensor* self);
+  uint64_t flags;
+  DLTensor tensor;
+};
 struct DLPackExchangeAPI {  // found at torch.Tensor.__dlpack_c_exchange_api__, a capsule named "dlpack_exchange_api"
   struct {
     uint32_t major, minor;
@@ -35,7 +44,7 @@ struct DLPackExchangeAPI {  // found at torch.Tensor.__dlpack_c_exchange_api__, 
   DLPackExchangeAPI* previous;
   void* allocate;
   void* managed_from_object;
-  void* managed_to_object;
+  int (*object_from_managed)(DLManagedTensor* tensor, void** out);
   int (*view_from_object)(void* object, DLTensor* out);
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
 };
