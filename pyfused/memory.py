@@ -1,5 +1,5 @@
-"""Memory of the large outputs that CPU kernels return, kept for the next tensor of its size instead of going back to the
-system: fresh memory costs a page fault per 4 KiB, ten times what writing to it costs. See csrc/cpu/cache.h."""
+"""Memory of the large outputs of CPU kernels, kept for the next tensor of its size instead of going back to the system:
+fresh memory costs a page fault per 4 KiB, ten times what writing to it costs. See csrc/cpu/cache.h."""
 
 from __future__ import annotations
 
