@@ -5,7 +5,6 @@ epoch each and in alternating order, so that a disturbance of the machine hits a
 """
 
 import contextlib
-import math
 import multiprocessing
 import statistics
 import traceback
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .train import TASKS, Digits, Movies, train, write_csv
+from .train import TASKS, Digits, Movies, steps_per_epoch, train, write_csv
 
 EARLY_STEPS = 10  # rounding differences grow with every step, so eager and fused are compared after these
 REPORT_EVERY = 20  # steps between two messages of a training process
@@ -62,7 +61,7 @@ def run_demo(data: Path | None, out: Path, epochs: dict[str, int], seed: int, th
     for task in tasks:
         contenders = COLORS if isinstance(task, Digits) else ("eager", "fused")
         jobs = [Job(task.name, contender, data, epochs[task.name], seed, threads) for contender in contenders]
-        results.append((task, compete(jobs, math.ceil(task.size / task.batch_size), console)))
+        results.append((task, compete(jobs, steps_per_epoch(task, task.batch_size), console)))
     out.mkdir(parents=True, exist_ok=True)
     for task, outcomes in results:
         rows = [{"contender": outcome.job.contender} | row for outcome in outcomes for row in outcome.rows]
@@ -155,7 +154,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Most bytes this process had resident. Not ru_maxrss on Linux: a process inherits it from the one that started it."""
+    """Most bytes this process had resident. On Linux not ru_maxrss: that is inherited from the parent process."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)

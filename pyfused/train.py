@@ -41,7 +41,7 @@ def train(
     epochs, batch_size = epochs or task.epochs, batch_size or task.batch_size
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr or task.lr, weight_decay=task.weight_decay)
-    steps = epochs * math.ceil(task.size / batch_size)
+    steps = epochs * steps_per_epoch(task, batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - (1 - FINAL_LR) * step / steps)
     step = 0
     for epoch in range(1, epochs + 1):
@@ -61,6 +61,10 @@ def train(
         model.eval()
         with torch.no_grad():
             yield result | task.evaluate(model)
+
+
+def steps_per_epoch(task: "Digits | Movies", batch_size: int) -> int:
+    return math.ceil(task.size / batch_size)
 
 
 class Digits:
