@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from . import machine, report
-from .harness import Disagreement, compare
+from .harness import Incomplete, compare
 
 
 class Direction(str, Enum):
@@ -86,7 +86,13 @@ def main(
         return _in_children(malloc)
     if threads:
         torch.set_num_threads(threads)
-    console = Console()
+    console, failure = Console(), ""
+
+    def announce(text: str) -> None:
+        status.update(text)
+        if "left out" in text:
+            console.print(text, markup=False)
+
     try:
         with console.status("starting") as status:
             rows = compare(
@@ -97,21 +103,24 @@ def main(
                 device=device,
                 with_compile=with_compile,
                 memory=memory,
-                announce=lambda text: (
-                    console.print(text, highlight=False) if "left out" in text else status.update(text)
-                ),
+                announce=announce,
             )
-    except (Disagreement, ValueError) as error:
-        console.print(f"[red]{error}[/]")
-        raise typer.Exit(1) from None
-    console.print(report.tables(rows))
-    if save:
+    except Incomplete as error:
+        rows, failure = error.rows, str(error)
+    except ValueError as error:
+        rows, failure = [], str(error)
+    if rows:
+        console.print(report.tables(rows))
+    if rows and save:
         folder = out or results_folder(quick)
-        suffix = "" if malloc is Malloc.default else f"-{malloc.value}-malloc"
         report.write_csv(rows, folder / f"{torch.device(device).type}.csv")
-        report.plot_speedups(rows, folder / f"speedup{suffix}.png")
-        report.plot_roofline(rows, folder / f"roofline{suffix}.png")
+        suffix = f"{torch.device(device).type}-{machine.malloc_mode()}-malloc.png"
+        report.plot_speedups(rows, folder / f"speedup-{suffix}")
+        report.plot_roofline(rows, folder / f"roofline-{suffix}")
         console.print(f"rows and plots in {folder}")
+    if failure:
+        console.print(failure, style="red", markup=False)
+        raise typer.Exit(1)
 
 
 app = typer.Typer(add_completion=False)

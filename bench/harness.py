@@ -35,6 +35,14 @@ class Disagreement(RuntimeError):
     """A contender computes something else than eager."""
 
 
+class Incomplete(RuntimeError):
+    """pyfused failed or disagreed in some cases; `rows` holds what was measured in the others."""
+
+    def __init__(self, failures: list[str], rows: list[dict]) -> None:
+        super().__init__("\n".join(failures))
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Contender:
     """``run`` is what is timed; ``result`` gives the tensors that must agree with eager's."""
@@ -82,7 +90,7 @@ def step(function: Callable, batches: Sequence[tuple], leaves: Sequence[Tensor],
 def _upstream_like(output: Tensor) -> Tensor:
     """The same values for every contender, in the memory format of the output, as the next layer would give them."""
     generator = torch.Generator(output.device).manual_seed(1)
-    values = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
+    values = torch.randn(output.shape, generator=generator, device=output.device)
     return torch.empty_like(output).copy_(values)
 
 
@@ -92,9 +100,9 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
         if not torch.equal(actual.indices(), expected.indices()):
             return float("inf")
         actual, expected = actual.values(), expected.values()
-    actual, expected = (t.to_dense().double() if t.is_sparse else t.double() for t in (actual, expected))
     if actual.shape != expected.shape:
         return float("inf")
+    actual, expected = (t.to_dense().double() if t.is_sparse else t.double() for t in (actual, expected))
     scale = torch.linalg.vector_norm(expected).item()
     return torch.linalg.vector_norm(actual - expected).item() / max(scale, torch.finfo(torch.float64).tiny)
 
@@ -157,7 +165,6 @@ def interleave(
     calls = {}
     for name, run in runs.items():
         run()
-        machine.synchronize(device)
         estimate = min(_timed_calls(run, 2, device))
         calls[name] = max(1, int(seconds * 1e3 / rounds / max(estimate, 1e-3)))
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -170,32 +177,33 @@ def interleave(
 
 
 def _quantiles(values: list[float]) -> Timing:
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return Timing(*torch.quantile(torch.tensor(values, dtype=torch.float64), levels).tolist(), calls=len(values))
+    times, levels = (torch.tensor(x, dtype=torch.float64) for x in (values, [0.2, 0.5, 0.8]))
+    return Timing(*torch.quantile(times, levels).tolist(), calls=len(values))
 
 
 def _prepare(
     case, direction: str, device: torch.device, with_compile: bool, announce: Callable
 ) -> dict[str, Contender]:
-    """Build and warm up the contenders of a case and check that they agree.
+    """Build and warm up the contenders of a case and check that they agree with eager.
 
     A rival that cannot run here (no C++ compiler for torch.compile, say) is announced and left out; ours must run.
     """
-    contenders, results = {}, {}
+    contenders, expected = {}, None
     for name, build in case.contenders(direction, device).items():
         if "compile" in name and not with_compile:
             continue
         try:
             contender = build()
-            results[name] = contender.result()
+            result = contender.result()
+            expected = result if name == "eager" else expected
+            check_agreement({"eager": expected, name: result}, case.gradient_tolerance)
             contender.run()
         except Exception as error:
             if name == "eager" or "pyfused" in name:
                 raise
             announce(f"{case.title(direction)}: {name} left out: {type(error).__name__}: {str(error).strip()[:200]}")
-            continue
-        contenders[name] = contender
-    check_agreement(results, case.gradient_tolerance)
+        else:
+            contenders[name] = contender
     return contenders
 
 
@@ -241,8 +249,8 @@ def run_case(
         contenders = _prepare(case, direction, device, with_compile, announce)
         timings = interleave({name: c.run for name, c in contenders.items()}, device, seconds=seconds)
     medians = {name: timing.p50 for name, timing in timings.items()}
-    rows = [_row(case, direction, name, timing, medians, device) for name, timing in timings.items()]
-    return [machine.describe(device) | row for row in rows]
+    common = machine.describe(device)
+    return [common | _row(case, direction, name, timing, medians, device) for name, timing in timings.items()]
 
 
 def compare(
@@ -265,24 +273,28 @@ def compare(
         announce: is called with one line of text before each case, and for each contender left out.
 
     Raises:
-        Disagreement: a contender's result is not eager's.
-        ValueError: no case is left.
+        Incomplete: pyfused failed in some case, or its result is not eager's; the other cases were run.
+        ValueError: there is no such op.
     """
     from . import memory as memory_of
     from .cases import select  # the cases need the ops; the harness does not
 
-    device = torch.device(device)
-    with_compile = not quick if with_compile is None else with_compile
+    device, with_compile = torch.device(device), not quick if with_compile is None else with_compile
     memory = not quick if memory is None else memory
-    rows = []
-    for case in select(quick, ops, dtype):
-        for direction in (d for d in case.directions if d in directions):
-            announce(case.title(direction))
-            new = run_case(
-                case, direction, device, with_compile=with_compile, seconds=0.1 if quick else 1.0, announce=announce
-            )
-            if memory and case.memory and direction == "training":
-                for row in new:
-                    row["extra_mib"] = memory_of.peak_extra(case, direction, row["contender"], device) / 2**20
-            rows += new
+    races = [(case, d) for case in select(quick, ops, dtype) for d in case.directions if d in directions]
+    rows, failures = [], []
+    for number, (case, direction) in enumerate(races, 1):
+        announce(f"{number}/{len(races)} {case.title(direction)}")
+        settings = {"with_compile": with_compile, "seconds": 0.1 if quick else 1.0, "announce": announce}
+        try:
+            new = run_case(case, direction, device, **settings)
+        except Exception as error:
+            failures.append(f"{case.title(direction)}: {type(error).__name__}: {error}")
+            continue
+        if memory and case.memory and direction == "training":
+            for row in new:
+                row["extra_mib"] = memory_of.peak_extra(case, direction, row["contender"], device) / 2**20
+        rows += new
+    if failures:
+        raise Incomplete(failures, rows)
     return rows

@@ -101,9 +101,9 @@ class MnistStep(Case):
         plain, last = torch.contiguous_format, torch.channels_last
         return {
             "eager": lambda: build(False, plain),
-            "eager channels_last": lambda: build(False, last),
+            "eager NHWC": lambda: build(False, last),
             "compile": lambda: build(False, plain, compiled=True),
-            "compile channels_last": lambda: build(False, last, compiled=True),
+            "compile NHWC": lambda: build(False, last, compiled=True),
             "pyfused": lambda: build(True, plain),
         }
 

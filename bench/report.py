@@ -17,13 +17,13 @@ from .harness import COLUMNS
 Row = dict[str, object]
 COLORS = {
     "eager": "#79706e",
-    "eager channels_last": "#bab0ac",
+    "eager NHWC": "#bab0ac",
     "eager bmm": "#d4a6c8",
     "torch chunked": "#b279a2",
     "compile": "#4c78a8",
-    "compile channels_last": "#9ecae9",
+    "compile NHWC": "#9ecae9",
     "pyfused": "#2f8f3a",
-    "pyfused channels_last": "#8cd17d",
+    "pyfused NHWC": "#8cd17d",
 }
 OP_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d")
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
-from . import harness, machine, memory, report
+from . import cases, harness, machine, memory, report
 from .__main__ import app
 from .cases import FULL, QUICK, select
 from .workloads import Conv, CrossEntropy, EmbeddingDot, LinearCrossEntropy
@@ -30,6 +30,7 @@ def entries():
                     yield pytest.param(case, direction, name, id=f"{case.title(direction)} {name}".replace(" ", "-"))
 
 
+@pytest.mark.benchmark(max_time=1.0 if EVERYTHING else 0.05, min_rounds=3, warmup=True, warmup_iterations=1)
 @pytest.mark.parametrize("case, direction, name", list(entries()))
 def test_benchmark(benchmark, case, direction, name):
     torch.manual_seed(0)
@@ -139,6 +140,14 @@ def test_a_rival_that_cannot_run_is_left_out_and_said_so():
         harness.run_case(BrokenOurs(shape=(8, 16), why=""), "forward", CPU, **arguments)
 
 
+def test_a_failing_case_does_not_take_the_others_with_it(monkeypatch):
+    good, wrong, broken = (kind(shape=(8, 16), why="") for kind in (CrossEntropy, WrongKernel, BrokenOurs))
+    monkeypatch.setattr(cases, "select", lambda *_: [wrong, broken, good])
+    with pytest.raises(harness.Incomplete, match=r"(?s)pyfused differs from eager.*no compiler") as failure:
+        harness.compare(directions=["forward"])
+    assert [row["contender"] for row in failure.value.rows] == ["eager", "pyfused"]
+
+
 def test_step_walks_through_its_batches_and_always_judges_the_first():
     seen = []
     batches = [(torch.tensor(float(i), requires_grad=True),) for i in range(3)]
@@ -237,7 +246,10 @@ def test_command_line(tmp_path):
     runner = CliRunner()
     result = runner.invoke(app, ["cross_entropy", "--quick", "--direction", "forward", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert {p.name for p in tmp_path.iterdir()} == {"cpu.csv", "speedup.png", "roofline.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "cpu.csv",
+        *(f"{plot}-cpu-{machine.malloc_mode()}-malloc.png" for plot in ("speedup", "roofline")),
+    }
     assert "pyfused" in result.output and "8192x10" in result.output
     result = runner.invoke(app, ["conv3d", "--quick"])
     assert result.exit_code == 1 and "unknown op conv3d" in result.output

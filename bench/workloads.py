@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -84,8 +85,8 @@ class Conv(Case):
         n, c, h, w = self.shape
         oh, ow = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in (h, w))
         x, weight = n * c * h * w, self.out * c // self.groups * self.kernel**2
-        y = n * self.out * (oh // 2) * (ow // 2) if self.pool else n * self.out * oh * ow
         flops = 2 * n * oh * ow * weight
+        y = n * self.out * ((oh // 2) * (ow // 2) if self.pool else oh * ow)
         elements = x + weight + self.out + y
         if direction == "forward":
             return Cost(elements * self.dtype.itemsize, flops)
@@ -116,11 +117,11 @@ class Conv(Case):
         plain, last = torch.contiguous_format, torch.channels_last
         return {
             "eager": lambda: build(eager, plain),
-            "eager channels_last": lambda: build(eager, last),
+            "eager NHWC": lambda: build(eager, last),
             "compile": lambda: build(eager, plain, compiled=True),
-            "compile channels_last": lambda: build(eager, last, compiled=True),
+            "compile NHWC": lambda: build(eager, last, compiled=True),
             "pyfused": lambda: build(fused, plain),
-            "pyfused channels_last": lambda: build(fused, last),
+            "pyfused NHWC": lambda: build(fused, last),
         }
 
 
@@ -159,19 +160,14 @@ class CrossEntropy(Case):
         else:
             target = torch.randint(self.shape[1], (self.shape[0], *self.shape[2:]), device=device)
 
-        def build(function):
-            def loss(logits, target):
-                return function(logits, target, label_smoothing=self.label_smoothing)
-
-            return loss
-
         def contender(function):
             return step(function, [(logits, target)], [logits], direction)
 
+        eager, fused = (partial(f, label_smoothing=self.label_smoothing) for f in (F.cross_entropy, PF.cross_entropy))
         return {
-            "eager": lambda: contender(build(F.cross_entropy)),
-            "compile": lambda: contender(torch.compile(build(F.cross_entropy))),
-            "pyfused": lambda: contender(build(PF.cross_entropy)),
+            "eager": lambda: contender(eager),
+            "compile": lambda: contender(torch.compile(eager)),
+            "pyfused": lambda: contender(fused),
         }
 
 
