@@ -6,8 +6,17 @@
 
 #include "tensor_view.h"
 
-#define PYFUSED_CPU_KERNELS(K) \
-  K(embedding_dot,             \
+#define PYFUSED_CPU_KERNELS(K)                                                                                \
+  K(conv2d_winograd_transform_weight, (View transformed, View weight, bool rotated, int threads))             \
+  K(conv2d_winograd,                                                                                          \
+    (View out, View input, View transformed, View bias, int pad_h, int pad_w, bool relu, int threads))        \
+  K(conv2d_winograd_pool,                                                                                     \
+    (View out, View code, View input, View transformed, View bias, int pad_h, int pad_w, int threads))        \
+  K(conv2d_winograd_backward_input,                                                                           \
+    (View grad_input, View grad, View saved, View transformed, int pad_h, int pad_w, int threads))            \
+  K(conv2d_winograd_backward_weight,                                                                          \
+    (View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h, int pad_w, int threads)) \
+  K(embedding_dot,                                                                                            \
     (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads))
 
 namespace pyfused {

@@ -1,0 +1,253 @@
+// 3x3 convolution, stride 1, by Winograd's F(4x4, 3x3), with bias and ReLU (and 2x2 max pool) in its epilogue; float32.
+//
+//   out = relu(input ⋆ weight + bias),  each 4x4 tile  Y = Aᵀ [ ∑_c (G g_oc Gᵀ) ⊙ (Bᵀ d_c B) ] A   (conv2d_winograd.h)
+//
+// Layout  input, out, gradients: torch channels_last (NHWC memory). The weight is transformed first, once per weight:
+//         U[36][⌈O/16⌉][C][16], so U has 36 · C · round_up(O, 16) floats on every instruction set.
+// Tiles   a thread takes blocks of T tiles: patches to V[36][T][C]; then for 64 output channels at a time 36 products
+//         V[k] · U[k] to M[36][T][64] and back to pixels. T is the largest for which V stays within the L2 cache.
+// Flops   2.25 multiply-adds per output, input channel and output channel instead of 9, plus the transforms (about 5%
+// at
+//         64 channels). An incomplete tile at an edge costs as much as a whole one.
+// Traffic reads input 2.25 times (mostly from cache) and U once per block, writes out once. Saves nothing but `out`,
+// which
+//         is the ReLU's mask, or the pool's code: one byte per pooled value, 0..3 = row * 2 + column of the maximum in
+//         its window (the first of equals; the last NaN), 255 = not positive, so no gradient.
+// Error   at most 2e-6 · √C · max|input| · max|weight| · 3 in practice (5-10 times a direct sum's);
+// test_conv2d_winograd.py
+//         holds it there. Every sum has one order: bits depend on neither threads nor batch. An inf or NaN in the input
+//         makes NaN in its whole tile, not only in the pixels that see it.
+// Edges   padding 0..2; any N, H, W, C, O (channels past a whole vector are copied through a buffer); the odd last row
+//         and column that no pool window covers are not computed.
+#include "cpu/kernels/conv2d_winograd.h"
+
+#include "cpu/scratch.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+namespace {
+
+constexpr int kGroup = 64;  // output channels between two transforms: M of one group stays in the cache
+constexpr int64_t kBlockBytes = 512 << 10;
+
+// --- Sinks: what happens to the 4x4 outputs of a tile, `count` channels from o.
+struct Dense {
+  float* out;
+  const float* bias;  // or nullptr
+  float least;        // 0: ReLU; −inf: none
+  int64_t height, width, channels;
+  PYFUSED_INLINE void store_tile(const V (&y)[16], const Tile& tile, int64_t o, int64_t count) const {
+    V shift = !bias ? V{} : count >= lanes<float> ? load(bias + o) : load_first(bias + o, count);
+    V floor = splat(least);
+    int64_t rows = min<int64_t>(kTile, height - tile.h), columns = min<int64_t>(kTile, width - tile.w);
+    float* corner = out + ((tile.n * height + tile.h) * width + tile.w) * channels + o;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        V value = y[i * kTile + j] + shift;
+        value = floor > value ? floor : value;  // this way round a NaN stays
+        float* p = corner + (i * width + j) * channels;
+        count >= lanes<float> ? store(p, value) : store_first(p, value, count);
+      }
+  }
+};
+
+struct Pooled {
+  float* out;
+  uint8_t* code;
+  const float* bias;
+  int64_t height, width, channels;  // of the pooled result
+  PYFUSED_INLINE void store_tile(const V (&y)[16], const Tile& tile, int64_t o, int64_t count) const {
+    V shift = !bias ? V{} : count >= lanes<float> ? load(bias + o) : load_first(bias + o, count);
+#pragma GCC unroll 4
+    for (int window = 0; window < 4; ++window) {
+      int64_t h = tile.h / 2 + window / 2, w = tile.w / 2 + window % 2;
+      if (h >= height || w >= width) continue;
+      const V* corner = y + window / 2 * 2 * kTile + window % 2 * 2;
+      V best = corner[0] + shift;
+      VecI32 where{};
+#pragma GCC unroll 3
+      for (int at = 1; at < 4; ++at) {
+        V value = corner[at / 2 * kTile + at % 2] + shift;
+        VecI32 better = (value > best) | (value != value);  // torch's rule
+        best = better ? value : best;
+        where = better ? VecI32{} + at : where;
+      }
+      V zero{};
+      Bytes bytes = __builtin_convertvector(best <= zero ? VecI32{} + 255 : where, Bytes);
+      best = zero > best ? zero : best;
+      int64_t p = ((tile.n * height + h) * width + w) * channels + o;
+      count >= lanes<float> ? store(out + p, best) : store_first(out + p, best, count);
+      std::memcpy(code + p, &bytes, min<int64_t>(count, lanes<float>));
+    }
+  }
+};
+
+// M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point.
+PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles, const float* u, int64_t depth,
+                                   int panels, float* m) {
+  constexpr int per_panel = kPanel / lanes<float>;
+  int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next 1 vector of channels
+  for (int j = 0; j < panels * per_panel; j += kVectors) {
+    const float* b = u + j / per_panel * depth * kPanel + j % per_panel * lanes<float>;
+    with_constant<kVectors>(min(kVectors, panels * per_panel - j), [&](auto vectors) {
+      float* out = m + j * lanes<float>;
+      int64_t t = 0;
+      for (; t + kRows <= tiles; t += kRows)
+        multiply<kRows, vectors.value, false>(v + t * v_row, v_row, 1, b, next, kPanel, depth, out + t * kGroup,
+                                              kGroup);
+      with_constant<kRows - 1>(static_cast<int>(tiles - t), [&](auto rows) {
+        multiply<rows.value, vectors.value, false>(v + t * v_row, v_row, 1, b, next, kPanel, depth, out + t * kGroup,
+                                                   kGroup);
+      });
+    });
+  }
+}
+
+// The convolution of `source` with U into `sink`, whose tiles are those of `grid`.
+template <class Source, class Sink>
+void convolve(const Source& source, const Sink& sink, const Grid& grid, const float* u, int pad_h, int pad_w,
+              int threads) {
+  int64_t depth = source.channels, channels = sink.channels, all_panels = (channels + kPanel - 1) / kPanel;
+  int64_t v_row = round_up(depth, lanes<float>);
+  int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints * 4 * v_row) / kRows * kRows);
+  int64_t blocks = round_up((grid.count + most - 1) / most, threads);  // the same number for every thread
+  int64_t tiles = round_up((grid.count + blocks - 1) / blocks, kRows);
+  blocks = (grid.count + tiles - 1) / tiles;
+  int64_t v_point = tiles * v_row + kSkew, m_point = tiles * kGroup + kSkew;
+  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints * (v_point + m_point)));
+  parallel_for(blocks, 1, threads, [&](int64_t begin, int64_t end, int thread) {
+    float *v = memory + thread * kPoints * (v_point + m_point), *m = v + kPoints * v_point;
+    for (int64_t block = begin; block < end; ++block) {
+      int64_t first = block * tiles, count = min(tiles, grid.count - first);
+      transform_tiles<kPatch>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
+      for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
+        int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
+        for (int k = 0; k < kPoints; ++k)
+          multiply_group(v + k * v_point, v_row, count, u + (k * all_panels + panel) * depth * kPanel, depth, panels,
+                         m + k * m_point);
+        for (int64_t t = 0; t < count; ++t) {
+          Tile tile(grid, first + t);
+          for (int64_t o = panel * kPanel; o < min(channels, (panel + panels) * kPanel); o += lanes<float>) {
+            V products[kPoints], y[16];
+            const float* p = m + t * kGroup + (o - panel * kPanel);
+#pragma GCC unroll 36
+            for (int k = 0; k < kPoints; ++k) products[k] = load(p + k * m_point);
+            transform_products(products, y);
+            sink.store_tile(y, tile, o, channels - o);
+          }
+        }
+      }
+    }
+  });
+}
+
+// What forward and backward ask of their arguments alike; the result [N, O, OH, OW] is that before a pool.
+Status check(const View& input, const View& transformed, int64_t outputs, int pad_h, int pad_w) {
+  PYFUSED_REQUIRE(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding", "must lie in 0..2");
+  PYFUSED_REQUIRE(transformed.dtype == DType::f32 && transformed.contiguous() &&
+                      transformed.numel() == kPoints * input.shape[1] * round_up(outputs, kPanel),
+                  "transformed", "must be 36 * C * round_up(O, 16) contiguous float32");
+  return {};
+}
+
+}  // namespace
+
+// U from weight [O, C, 3, 3] of any strides. `rotated`: U of the data gradient, the convolution from O to C channels
+// with the filters turned by 180 degrees (36 · O · round_up(C, 16) floats).
+Status conv2d_winograd_transform_weight(View transformed, View weight, bool rotated, int threads) {
+  PYFUSED_REQUIRE(weight.ndim == 4 && weight.dtype == DType::f32 && weight.shape[2] == 3 && weight.shape[3] == 3,
+                  "weight", "must be float32 [O, C, 3, 3]");
+  int64_t outputs = weight.shape[rotated], depth = weight.shape[!rotated];
+  int64_t output_stride = weight.strides[rotated], depth_stride = weight.strides[!rotated];
+  int64_t panels = (outputs + kPanel - 1) / kPanel;
+  PYFUSED_REQUIRE(transformed.dtype == DType::f32 && transformed.contiguous() &&
+                      transformed.numel() == kPoints * depth * panels * kPanel,
+                  "transformed", "must be 36 * C * round_up(O, 16) contiguous float32");
+  int64_t offset[9];  // of the taps, in the order that the convolution wants
+  for (int tap = 0; tap < 9; ++tap) {
+    int from = rotated ? 8 - tap : tap;
+    offset[tap] = from / 3 * weight.strides[2] + from % 3 * weight.strides[3];
+  }
+  parallel_for(panels * depth, 64, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t panel = row / depth, count = min<int64_t>(kPanel, outputs - panel * kPanel);
+      const float* from = weight.as<float>() + panel * kPanel * output_stride + row % depth * depth_stride;
+      float taps[9][kPanel] = {};
+      for (int64_t o = 0; o < count; ++o)
+        for (int tap = 0; tap < 9; ++tap) taps[tap][o] = from[o * output_stride + offset[tap]];
+      for (int o = 0; o < kPanel; o += lanes<float>) {
+        V w[9], u[kPoints];
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps[tap] + o);
+        transform_filter(w, u);
+        float* to = transformed.as<float>() + row * kPanel + o;
+#pragma GCC unroll 36
+        for (int k = 0; k < kPoints; ++k) store(to + k * panels * depth * kPanel, u[k]);
+      }
+    }
+  });
+  return {};
+}
+
+// out [N, O, OH, OW] = input ⋆ weight + bias, through the ReLU if `relu`.
+Status conv2d_winograd(View out, View input, View transformed, View bias, int pad_h, int pad_w, bool relu,
+                       int threads) {
+  PYFUSED_REQUIRE(channels_last(input, DType::f32), "input", "must be channels_last float32");
+  PYFUSED_REQUIRE(channels_last(out, DType::f32), "out", "must be channels_last float32");
+  int64_t n = input.shape[0], outputs = out.shape[1];
+  int64_t height = input.shape[2] + 2 * pad_h - 2, width = input.shape[3] + 2 * pad_w - 2;
+  if (Status status = check(input, transformed, outputs, pad_h, pad_w); status.code) return status;
+  PYFUSED_REQUIRE(has_shape(out, n, outputs, height, width), "out", "must be [N, O, H + 2 pad - 2, W + 2 pad - 2]");
+  PYFUSED_REQUIRE(is_channel_vector(bias, outputs), "bias", "must be O contiguous float32");
+  Plain source{input.as<float>(), input.shape[2], input.shape[3], input.shape[1]};
+  Dense sink{out.as<float>(), bias.as<float>(), relu ? 0.f : -__builtin_inff(), height, width, outputs};
+  convolve(source, sink, Grid(n, height, width), transformed.as<float>(), pad_h, pad_w, threads);
+  return {};
+}
+
+// out [N, O, PH, PW] = max_pool2d(relu(input ⋆ weight + bias), 2), and its code (uint8, same shape).
+Status conv2d_winograd_pool(View out, View code, View input, View transformed, View bias, int pad_h, int pad_w,
+                            int threads) {
+  PYFUSED_REQUIRE(channels_last(input, DType::f32), "input", "must be channels_last float32");
+  PYFUSED_REQUIRE(channels_last(out, DType::f32), "out", "must be channels_last float32");
+  PYFUSED_REQUIRE(channels_last(code, DType::u8), "code", "must be channels_last uint8");
+  int64_t n = input.shape[0], outputs = out.shape[1];
+  int64_t height = (input.shape[2] + 2 * pad_h - 2) / 2, width = (input.shape[3] + 2 * pad_w - 2) / 2;
+  if (Status status = check(input, transformed, outputs, pad_h, pad_w); status.code) return status;
+  PYFUSED_REQUIRE(has_shape(out, n, outputs, height, width), "out", "must be [N, O, (H + 2 pad - 2) / 2, ...]");
+  PYFUSED_REQUIRE(has_shape(code, n, outputs, height, width), "code", "must have the shape of out");
+  PYFUSED_REQUIRE(is_channel_vector(bias, outputs), "bias", "must be O contiguous float32");
+  Plain source{input.as<float>(), input.shape[2], input.shape[3], input.shape[1]};
+  Pooled sink{out.as<float>(), code.as<uint8_t>(), bias.as<float>(), height, width, outputs};
+  convolve(source, sink, Grid(n, 2 * height, 2 * width), transformed.as<float>(), pad_h, pad_w, threads);
+  return {};
+}
+
+// grad_input [N, C, H, W] from grad (dL/dout); `saved` is the forward's output (float32), or its code (uint8) where it
+// pooled. The ReLU's mask or the pool is undone while patches are read; then a convolution with the rotated weight.
+Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, View transformed, int pad_h, int pad_w,
+                                      int threads) {
+  bool pooled = saved.dtype == DType::u8;
+  PYFUSED_REQUIRE(channels_last(grad_input, DType::f32), "grad_input", "must be channels_last float32");
+  PYFUSED_REQUIRE(channels_last(grad, DType::f32), "grad", "must be channels_last float32");
+  PYFUSED_REQUIRE(channels_last(saved, pooled ? DType::u8 : DType::f32), "saved", "must be channels_last");
+  int64_t n = grad_input.shape[0], inputs = grad_input.shape[1], outputs = grad.shape[1], factor = pooled ? 2 : 1;
+  int64_t height = grad_input.shape[2], width = grad_input.shape[3];
+  int64_t grad_height = (height + 2 * pad_h - 2) / factor, grad_width = (width + 2 * pad_w - 2) / factor;
+  if (Status status = check(grad, transformed, inputs, pad_h, pad_w); status.code) return status;
+  PYFUSED_REQUIRE(has_shape(grad, n, outputs, grad_height, grad_width), "grad", "must have the shape of out");
+  PYFUSED_REQUIRE(has_shape(saved, n, outputs, grad_height, grad_width), "saved", "must have the shape of out");
+  Dense sink{grad_input.as<float>(), nullptr, -__builtin_inff(), height, width, inputs};
+  Grid grid(n, height, width);
+  const float *g = grad.as<float>(), *u = transformed.as<float>();
+  if (pooled)
+    convolve(Unpooled{g, saved.as<uint8_t>(), 2 * grad_height, 2 * grad_width, outputs}, sink, grid, u, 2 - pad_h,
+             2 - pad_w, threads);
+  else
+    convolve(Masked{g, saved.as<float>(), grad_height, grad_width, outputs}, sink, grid, u, 2 - pad_h, 2 - pad_w,
+             threads);
+  return {};
+}
+
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused

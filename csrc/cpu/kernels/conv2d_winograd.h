@@ -1,0 +1,273 @@
+// What the Winograd kernels share: the transforms of F(4x4, 3x3), where tiles lie, how their patches are read, and the
+// matrix product in the middle. The contracts stand in conv2d_winograd.cpp and conv2d_winograd_backward_weight.cpp.
+//
+// Interpolation points 0, 1, −1, 2, −2, ∞ (Lavin & Gray 2015, arXiv:1509.09308):
+//        ⎡4  0 −5  0 1 0⎤        ⎡ 1/4     0    0 ⎤
+//        ⎢0 −4 −4  1 1 0⎥        ⎢−1/6  −1/6  −1/6⎥        ⎡1 1  1 1  1 0⎤
+//   Bᵀ = ⎢0  4 −4 −1 1 0⎥    G = ⎢−1/6   1/6  −1/6⎥   Aᵀ = ⎢0 1 −1 2 −2 0⎥
+//        ⎢0 −2 −1  2 1 0⎥        ⎢ 1/24  1/12  1/6⎥        ⎢0 1  1 4  4 0⎥
+//        ⎢0  2 −1 −2 1 0⎥        ⎢ 1/24 −1/12  1/6⎥        ⎣0 1 −1 8 −8 1⎦
+//        ⎣0  4  0 −5 0 1⎦        ⎣  0      0    1 ⎦
+#pragma once
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+namespace {
+
+constexpr int kTile = 4;     // outputs of a tile, per dimension
+constexpr int kPatch = 6;    // inputs they depend on
+constexpr int kPoints = 36;  // products that replace 16 * 9
+constexpr int kPanel = 16;   // output channels that lie together in the transformed weight, on every instruction set
+constexpr int kSkew = 16;    // floats between the matrices of two points: else all 36 may fall into one set of the L1
+using V = Vec<float>;
+typedef uint8_t Bytes __attribute__((vector_size(lanes<float>)));  // the codes of a vector of channels
+
+PYFUSED_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// body(std::integral_constant<int, n>) for 1 <= n <= Max: register blocks need their size at compile time.
+template <int Max, class Body>
+PYFUSED_INLINE void with_constant(int n, const Body& body) {
+  if (n == Max)
+    body(std::integral_constant<int, Max>{});
+  else if constexpr (Max > 1)
+    with_constant<Max - 1>(n, body);
+}
+
+// --- One-dimensional transforms of vectors `s` apart (each lane is a channel).
+PYFUSED_INLINE void times_bt(V* d, int s) {
+  V x0 = d[0], x1 = d[s], x2 = d[2 * s], x3 = d[3 * s], x4 = d[4 * s], x5 = d[5 * s];
+  V even = x4 - 4.f * x2, odd = x3 - 4.f * x1, even2 = x4 - x2, odd2 = 2.f * (x3 - x1);
+  d[0] = 4.f * x0 + (x4 - 5.f * x2);
+  d[s] = even + odd;
+  d[2 * s] = even - odd;
+  d[3 * s] = even2 + odd2;
+  d[4 * s] = even2 - odd2;
+  d[5 * s] = 4.f * x1 + (x5 - 5.f * x3);
+}
+PYFUSED_INLINE void times_at(const V* m, int s, V* y, int ys) {
+  V sum1 = m[s] + m[2 * s], dif1 = m[s] - m[2 * s], sum2 = m[3 * s] + m[4 * s], dif2 = m[3 * s] - m[4 * s];
+  y[0] = m[0] + sum1 + sum2;
+  y[ys] = 2.f * dif2 + dif1;
+  y[2 * ys] = 4.f * sum2 + sum1;
+  y[3 * ys] = 8.f * dif2 + dif1 + m[5 * s];
+}
+PYFUSED_INLINE void times_a(const V* g, int s, V* z, int zs) {
+  V even = g[0] + g[2 * s], odd = g[s] + g[3 * s];
+  V even2 = 4.f * g[2 * s] + g[0], odd2 = 8.f * g[3 * s] + 2.f * g[s];
+  z[0] = g[0];
+  z[zs] = even + odd;
+  z[2 * zs] = even - odd;
+  z[3 * zs] = even2 + odd2;
+  z[4 * zs] = even2 - odd2;
+  z[5 * zs] = g[3 * s];
+}
+PYFUSED_INLINE void times_g(const V* w, int s, V* u, int us) {
+  V outer = (-1.f / 6) * (w[0] + w[2 * s]), inner = (1.f / 6) * w[s];
+  V outer2 = (1.f / 24) * w[0] + (1.f / 6) * w[2 * s], inner2 = (1.f / 12) * w[s];
+  u[0] = 0.25f * w[0];
+  u[us] = outer - inner;
+  u[2 * us] = outer + inner;
+  u[3 * us] = outer2 + inner2;
+  u[4 * us] = outer2 - inner2;
+  u[5 * us] = w[2 * s];
+}
+PYFUSED_INLINE void times_gt(const V* u, int s, V* w, int ws) {
+  V sum1 = (1.f / 6) * (u[s] + u[2 * s]), sum2 = u[3 * s] + u[4 * s];
+  w[0] = 0.25f * u[0] + ((1.f / 24) * sum2 - sum1);
+  w[ws] = (1.f / 6) * (u[2 * s] - u[s]) + (1.f / 12) * (u[3 * s] - u[4 * s]);
+  w[2 * ws] = (1.f / 6) * sum2 - sum1 + u[5 * s];
+}
+
+// --- Two-dimensional transforms; the first pass goes down columns.
+PYFUSED_INLINE void transform_patch(V (&d)[kPoints]) {  // Bᵀ d B, in place
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) times_bt(d + j, 6);
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) times_bt(d + 6 * i, 1);
+}
+PYFUSED_INLINE void transform_products(const V (&m)[kPoints], V (&y)[16]) {  // Aᵀ m A
+  V half[24];
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) times_at(m + j, 6, half + j, 6);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) times_at(half + 6 * i, 1, y + 4 * i, 1);
+}
+PYFUSED_INLINE void transform_patch(V (&g)[16], V (&z)[kPoints]) {  // A g Aᵀ
+  V half[24];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) times_a(g + j, 4, half + j, 4);
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) times_a(half + 4 * i, 1, z + 6 * i, 1);
+}
+PYFUSED_INLINE void transform_filter(const V (&w)[9], V (&u)[kPoints]) {  // G w Gᵀ
+  V half[18];
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; ++j) times_g(w + j, 3, half + j, 3);
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) times_g(half + 3 * i, 1, u + 6 * i, 1);
+}
+PYFUSED_INLINE void transform_filter_back(const V (&u)[kPoints], V (&w)[9]) {  // Gᵀ u G
+  V half[18];
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) times_gt(u + j, 6, half + j, 6);
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) times_gt(half + 6 * i, 1, w + 3 * i, 1);
+}
+
+// --- Sources: what a patch is read from, [images, height, width, channels]. load() gives the channels c to c + lanes
+// of one pixel, or, if not Whole, the first `count` of them and zeros.
+template <bool Whole>
+PYFUSED_INLINE V load_channels(const float* p, int64_t count) {
+  return Whole ? load(p) : load_first(p, count);
+}
+struct Plain {
+  const float* data;
+  int64_t height, width, channels;
+  template <bool Whole>
+  PYFUSED_INLINE V load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t count) const {
+    return load_channels<Whole>(data + ((n * height + h) * width + w) * channels + c, count);
+  }
+};
+struct Masked {  // the gradient before the ReLU; zero where the ReLU's output was (a NaN passes, as in torch)
+  const float *grad, *output;
+  int64_t height, width, channels;
+  template <bool Whole>
+  PYFUSED_INLINE V load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t count) const {
+    int64_t at = ((n * height + h) * width + w) * channels + c;
+    return load_channels<Whole>(output + at, count) <= 0.f ? V{} : load_channels<Whole>(grad + at, count);
+  }
+};
+struct Unpooled {  // the gradient before ReLU and pool: each pooled value goes to the one pixel that its code names
+  const float* grad;
+  const uint8_t* code;
+  int64_t height, width, channels;  // of the pixels that windows cover: twice the pooled size
+  template <bool Whole>
+  PYFUSED_INLINE V load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t count) const {
+    int64_t at = ((n * (height / 2) + h / 2) * (width / 2) + w / 2) * channels + c;
+    Bytes bytes{};
+    std::memcpy(&bytes, code + at, Whole ? sizeof bytes : count);
+    VecI32 here = __builtin_convertvector(bytes, VecI32) == static_cast<int32_t>(h % 2 * 2 + w % 2);
+    return here ? load_channels<Whole>(grad + at, count) : V{};
+  }
+};
+
+// --- Tiles of a [images, height, width] result, row by row.
+struct Grid {
+  int64_t height, width, down, across, count;
+  PYFUSED_INLINE Grid(int64_t images, int64_t height, int64_t width)
+      : height(height),
+        width(width),
+        down((height + kTile - 1) / kTile),
+        across((width + kTile - 1) / kTile),
+        count(images * down * across) {}
+};
+struct Tile {
+  int64_t n, h, w;  // image, first row, first column
+  PYFUSED_INLINE Tile(const Grid& grid, int64_t id)
+      : n(id / (grid.down * grid.across)), h(id / grid.across % grid.down * kTile), w(id % grid.across * kTile) {}
+};
+
+// Reads the P x P patch whose corner is (h, w) (parts of it may lie outside: zeros), transforms it and stores its 36
+// points `point_stride` apart.
+template <int P, bool Whole, class Source>
+PYFUSED_INLINE void transform_one(const Source& source, int64_t n, int64_t h, int64_t w, int64_t c, float* out,
+                                  int64_t point_stride) {
+  int64_t count = source.channels - c;
+  auto finish = [&](V(&d)[P* P]) {
+    if constexpr (P == kPatch) {
+      transform_patch(d);
+#pragma GCC unroll 36
+      for (int k = 0; k < kPoints; ++k) store(out + k * point_stride, d[k]);
+    } else {
+      V z[kPoints];
+      transform_patch(d, z);
+#pragma GCC unroll 36
+      for (int k = 0; k < kPoints; ++k) store(out + k * point_stride, z[k]);
+    }
+  };
+  int64_t top = max<int64_t>(0, -h), bottom = min<int64_t>(P, source.height - h);
+  int64_t left = max<int64_t>(0, -w), right = min<int64_t>(P, source.width - w);
+  V d[P * P];
+  if (Whole && top == 0 && left == 0 && bottom == P && right == P) {  // this copy of the code keeps d in registers
+    V inner[P * P];
+#pragma GCC unroll 6
+    for (int i = 0; i < P; ++i)
+#pragma GCC unroll 6
+      for (int j = 0; j < P; ++j) inner[i * P + j] = source.template load<true>(n, h + i, w + j, c, count);
+    return finish(inner);
+  }
+  for (int k = 0; k < P * P; ++k) d[k] = V{};
+  for (int64_t i = top; i < bottom; ++i)
+    for (int64_t j = left; j < right; ++j) d[i * P + j] = source.template load<Whole>(n, h + i, w + j, c, count);
+  finish(d);
+}
+
+// Tiles [first, first + count) of the grid into out[36][count][round_up(channels, lanes)].
+template <int P, class Source>
+void transform_tiles(const Source& source, const Grid& grid, int64_t first, int64_t count, int pad_h, int pad_w,
+                     float* out, int64_t row_stride, int64_t point_stride) {
+  for (int64_t t = 0; t < count; ++t, out += row_stride) {
+    Tile tile(grid, first + t);
+    int64_t c = 0;
+    for (; c + lanes<float> <= source.channels; c += lanes<float>)
+      transform_one<P, true>(source, tile.n, tile.h - pad_h, tile.w - pad_w, c, out + c, point_stride);
+    if (c < source.channels)
+      transform_one<P, false>(source, tile.n, tile.h - pad_h, tile.w - pad_w, c, out + c, point_stride);
+  }
+}
+
+// --- The matrix product: m[r][h] (+)= ∑_k a[r, k] * b[k, h] for R rows and B vectors, held in registers. 6 x 4 fills
+// 32 registers, 6 x 2 fills 16.
+constexpr int kRows = 6;
+constexpr int kVectors = lanes<float> == 16 ? 4 : 2;
+
+template <int R, int B, bool Add>
+PYFUSED_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
+                             int64_t b_step, int64_t depth, float* m, int64_t m_row) {
+  V sum[R][B] = {};
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+    V right[B];
+#pragma GCC unroll 4
+    for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      V left = splat(a[r * a_row]);
+#pragma GCC unroll 4
+      for (int h = 0; h < B; ++h) sum[r][h] += left * right[h];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int h = 0; h < B; ++h) {
+      float* p = m + r * m_row + h * lanes<float>;
+      store(p, Add ? load(p) + sum[r][h] : sum[r][h]);
+    }
+}
+
+// --- Checks
+PYFUSED_INLINE bool channels_last(const View& x, DType dtype) {  // dense [N, C, H, W] with C innermost
+  if (x.ndim != 4 || x.dtype != dtype) return false;
+  int64_t expected = 1;
+  constexpr int order[] = {1, 3, 2, 0};
+  for (int i : order) {
+    if (x.shape[i] != 1 && x.strides[i] != expected) return false;
+    expected *= x.shape[i];
+  }
+  return true;
+}
+PYFUSED_INLINE bool has_shape(const View& x, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return x.shape[0] == n && x.shape[1] == c && x.shape[2] == h && x.shape[3] == w;
+}
+PYFUSED_INLINE bool is_channel_vector(const View& x, int64_t channels) {  // or absent
+  return !x || (x.dtype == DType::f32 && x.contiguous() && x.numel() == channels);
+}
+
+}  // namespace
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused

@@ -1,0 +1,123 @@
+// Gradients of weight and bias of a 3x3 convolution, stride 1, + ReLU (+ 2x2 max pool), by Winograd's F(3x3, 4x4);
+// float32.
+//
+//   g = the gradient before ReLU (and pool);   dw_oc = Gᵀ [ ∑_tiles (A g_o Aᵀ) ⊙ (Bᵀ d_c B) ] G;   db_o = ∑ g_o
+//
+// Layout  grad, saved, input: torch channels_last. grad_weight [O, C, 3, 3]: any strides.
+// Tiles   the 4x4 tiles of g, kTiles at a time. First their transforms go to Z[36][T][O] and V[36][T][C] (threads share
+//         the tiles); then the 36 products Z[k]ᵀ · V[k] are added to D[36][O][C] (threads share the products). A sum is
+//         never split over threads, so the bits do not depend on their number, and no thread needs a D of its own.
+//         db costs nothing more: the point (1, 1) of A g Aᵀ is the sum of a tile.
+// Flops   2.25 multiply-adds per element of g, output channel and input channel instead of 9, plus the transforms.
+// Traffic reads grad and saved once and input 2.25 times; Z, V and D pass through the L2 or L3 cache once per kTiles
+//         tiles. Working memory 4 · 36 · (kTiles · (O + C) + O · C) bytes.
+// Error   a few 1e-6 of the largest |dw|: sums go by kTiles tiles, then over those; test_conv2d_winograd.py holds it.
+// Edges   padding 0..2; any N, H, W, C, O; no tiles at all give zeros; what no pool window covers has no gradient.
+#include "cpu/kernels/conv2d_winograd.h"
+#include "cpu/scratch.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+namespace {
+
+constexpr int64_t kTiles = 96;
+
+// D[o][c] (+)= ∑_t Z[t][o] V[t][c] for one point, all o and `vectors` <= kVectors vectors of c.
+template <bool Add>
+PYFUSED_INLINE void add_products(const float* z, int64_t z_row, const float* v, int64_t v_row, int64_t tiles,
+                                 int64_t outputs, int vectors, float* d, int64_t d_row) {
+  with_constant<kVectors>(vectors, [&](auto width) {
+    int64_t o = 0;
+    for (; o + kRows <= outputs; o += kRows)
+      multiply<kRows, width.value, Add>(z + o, 1, z_row, v, lanes<float>, v_row, tiles, d + o * d_row, d_row);
+    with_constant<kRows - 1>(static_cast<int>(outputs - o), [&](auto rows) {
+      multiply<rows.value, width.value, Add>(z + o, 1, z_row, v, lanes<float>, v_row, tiles, d + o * d_row, d_row);
+    });
+  });
+}
+
+// grad_weight = Gᵀ D G for outputs [first, last).
+void transform_back(const float* d, int64_t d_row, int64_t d_point, int64_t first, int64_t last, const View& out) {
+  int64_t channels = out.shape[1];
+  for (int64_t o = first; o < last; ++o)
+    for (int64_t c = 0; c < channels; c += lanes<float>) {
+      V u[kPoints], w[9];
+#pragma GCC unroll 36
+      for (int k = 0; k < kPoints; ++k) u[k] = load(d + k * d_point + o * d_row + c);
+      transform_filter_back(u, w);
+      float taps[9][lanes<float>];
+#pragma GCC unroll 9
+      for (int tap = 0; tap < 9; ++tap) store(taps[tap], w[tap]);
+      float* to = out.as<float>() + o * out.strides[0] + c * out.strides[1];
+      for (int64_t i = 0; i < min<int64_t>(lanes<float>, channels - c); ++i)
+        for (int tap = 0; tap < 9; ++tap)
+          to[i * out.strides[1] + tap / 3 * out.strides[2] + tap % 3 * out.strides[3]] = taps[tap][i];
+    }
+}
+
+template <class Source>
+void correlate(const View& grad_weight, float* grad_bias, const Source& gradient, const Plain& input, int64_t images,
+               int pad_h, int pad_w, int threads) {
+  Grid grid(images, gradient.height, gradient.width);
+  int64_t outputs = gradient.channels, channels = input.channels, tiles = min(kTiles, grid.count);
+  int64_t z_row = round_up(outputs, lanes<float>), v_row = round_up(channels, lanes<float>);
+  int64_t z_point = tiles * z_row + kSkew, v_point = tiles * v_row + kSkew, d_point = outputs * v_row + kSkew;
+  auto* z = static_cast<float*>(scratch(0, sizeof(float) * (kPoints * (z_point + v_point + d_point) + z_row)));
+  float *v = z + kPoints * z_point, *d = v + kPoints * v_point, *bias = d + kPoints * d_point;
+  std::memset(d, 0, sizeof(float) * (kPoints * d_point + z_row));
+  int64_t width = kVectors * lanes<float>, groups = (v_row + width - 1) / width;
+  for (int64_t first = 0; first < grid.count; first += kTiles) {
+    int64_t count = min(kTiles, grid.count - first);
+    parallel_for(count, 4, threads, [&](int64_t begin, int64_t end, int) {
+      transform_tiles<kTile>(gradient, grid, first + begin, end - begin, 0, 0, z + begin * z_row, z_row, z_point);
+      transform_tiles<kPatch>(input, grid, first + begin, end - begin, pad_h, pad_w, v + begin * v_row, v_row, v_point);
+    });
+    parallel_for(kPoints * groups, 1, threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t item = begin; item < end; ++item) {
+        int64_t k = item / groups, c = item % groups * width;
+        int vectors = static_cast<int>(min(width, v_row - c) / lanes<float>);
+        add_products<true>(z + k * z_point, z_row, v + k * v_point + c, v_row, count, outputs, vectors,
+                           d + k * d_point + c, v_row);
+      }
+    });
+    const float* sums = z + 7 * z_point;  // the point (1, 1)
+    for (int64_t t = 0; grad_bias && t < count; ++t)
+      for (int64_t o = 0; o < z_row; o += lanes<float>) store(bias + o, load(bias + o) + load(sums + t * z_row + o));
+  }
+  parallel_for(outputs, 4, threads,
+               [&](int64_t begin, int64_t end, int) { transform_back(d, v_row, d_point, begin, end, grad_weight); });
+  if (grad_bias) std::memcpy(grad_bias, bias, sizeof(float) * outputs);
+}
+
+}  // namespace
+
+// grad_weight [O, C, 3, 3] and grad_bias [O] (or absent) from grad (dL/dout); `saved` is the forward's output
+// (float32), or its code (uint8) where it pooled.
+Status conv2d_winograd_backward_weight(View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h,
+                                       int pad_w, int threads) {
+  bool pooled = saved.dtype == DType::u8;
+  PYFUSED_REQUIRE(channels_last(input, DType::f32), "input", "must be channels_last float32");
+  PYFUSED_REQUIRE(channels_last(grad, DType::f32), "grad", "must be channels_last float32");
+  PYFUSED_REQUIRE(channels_last(saved, pooled ? DType::u8 : DType::f32), "saved", "must be channels_last");
+  PYFUSED_REQUIRE(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding", "must lie in 0..2");
+  int64_t n = input.shape[0], channels = input.shape[1], outputs = grad.shape[1], factor = pooled ? 2 : 1;
+  int64_t height = (input.shape[2] + 2 * pad_h - 2) / factor, width = (input.shape[3] + 2 * pad_w - 2) / factor;
+  PYFUSED_REQUIRE(has_shape(grad, n, outputs, height, width), "grad", "must have the shape of out");
+  PYFUSED_REQUIRE(has_shape(saved, n, outputs, height, width), "saved", "must have the shape of out");
+  PYFUSED_REQUIRE(
+      grad_weight.ndim == 4 && grad_weight.dtype == DType::f32 && has_shape(grad_weight, outputs, channels, 3, 3),
+      "grad_weight", "must be float32 [O, C, 3, 3]");
+  PYFUSED_REQUIRE(is_channel_vector(grad_bias, outputs), "grad_bias", "must be O contiguous float32");
+  Plain source{input.as<float>(), input.shape[2], input.shape[3], channels};
+  const auto* g = grad.as<float>();
+  if (pooled)
+    correlate(grad_weight, grad_bias.as<float>(), Unpooled{g, saved.as<uint8_t>(), 2 * height, 2 * width, outputs},
+              source, n, pad_h, pad_w, threads);
+  else
+    correlate(grad_weight, grad_bias.as<float>(), Masked{g, saved.as<float>(), height, width, outputs}, source, n,
+              pad_h, pad_w, threads);
+  return {};
+}
+
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused
