@@ -68,7 +68,7 @@ def copy_rate(working_set: int, device: torch.device) -> float:
 def _matmul_rate(dtype: torch.dtype, threads: int, device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size**3 / _fastest(lambda: torch.mm(a, b), device, 0.3) / 1e9
+    return 2 * size**3 / _fastest(lambda: torch.mm(a, b), device, 0.5) / 1e9
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -164,7 +163,7 @@ class RecommenderStep(Case):
 
         def build(fused, compiled=False):
             model = self._model(fused).to(device, self.dtype)
-            model.load_state_dict(copy.deepcopy(template.state_dict()))
+            model.load_state_dict(template.state_dict())
 
             def loss_of(user, item, rating):
                 return F.mse_loss(model(user, item), rating)

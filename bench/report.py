@@ -120,7 +120,10 @@ def plot_speedups(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_roofline(rows: Sequence[Row], path: Path) -> None:
-    """Attained GFLOP/s over flops per byte, under the measured ceilings, of the rows with the first row's dtype."""
+    """Attained GFLOP/s over flops per byte, under the measured ceilings, of the rows with the first row's dtype.
+
+    A copy is as fast as the cache that its working set fits: the slowest and the fastest that a row was held against.
+    """
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"] and row["contender"] in ("eager", "pyfused")]
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
@@ -129,7 +132,7 @@ def plot_roofline(rows: Sequence[Row], path: Path) -> None:
     peak = max(row["matmul_gflop_s"] for row in rows)
     above = {"xytext": (2, 4), "textcoords": "offset points", "fontsize": 7}
     rates = sorted({row["copy_gb_s"] for row in rows})
-    for rate, label in {rates[0]: "copy, memory", rates[-1]: "copy, nearest cache used"}.items():
+    for rate, label in {rates[0]: "slowest copy", rates[-1]: "fastest copy"}.items():
         points = [low, min(max(peak / rate, low), high), high]
         axes.plot(points, [min(peak, x * rate) for x in points], color="black", linewidth=0.8)
         axes.annotate(f"{label} {rate:.0f} GB/s", (low, low * rate), **above)
