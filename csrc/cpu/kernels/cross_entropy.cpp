@@ -1,0 +1,487 @@
+// Softmax cross-entropy, forward and backward, on logits z[r, c] of R rows and C classes.
+//
+//   lse = log ∑_c exp(z_c)                                    z = softcap · tanh(input / softcap) where softcap > 0
+//   hard   loss_r = w_t (1-ε) (lse - z_t) + ε/C ∑_c w_c (lse - z_c) + w_t z_loss lse²         label t, class weights w
+//   soft   loss_r = ∑_c w_c ((1-ε) y_c + ε/C) (lse - z_c) + z_loss lse²                       probabilities y
+//   loss   = ∑_r loss_r (sum), / total (mean; total = ∑_r w_t over rows not ignored, or R for soft), or every loss_r
+//   (none) dz_c   = exp(z_c - lse) A - (what of the target falls on c),    A = ∑ of the target + 2 w_t z_loss lse +
+//   grad_lse
+//
+// Layout  input [R, C] or [N, C, P] (R = N·P) with any strides. Rows with adjacent classes and C >= kByRow are read as
+// they
+//         lie, vectors along the classes. All others (few classes, class dimension not innermost) are gathered, as many
+//         rows as a vector has lanes, into a C x lanes tile, vectors across the rows: no permuted copy, no tails.
+// Traffic of the logits: forward reads them once from memory (maximum, then sum, the second pass out of cache),
+// backward
+//         reads and writes once. Floor for both: 3 N C elements. Arithmetic: one exp per element each way, about 14
+//         vector instructions, half the time of a read from memory.
+// Saves   per row [maximum m, S = ∑ exp(z - m), x], x = p_t - 1 = -∑_{c≠t} exp(z_c - m) / S (soft: ∑ of the target).
+// The
+//         sums leave the label out, so loss = log1p(∑_{c≠t} exp(z_c - z_t)) and gradient x keep every digit of a
+//         confident row, where 1 - p_t rounds to 0; and m, S instead of lse keep the digits of a row with a large
+//         common offset.
+// Sums    rows to groups, groups to chunks in double, in an order that depends on the shape only, never on the threads.
+// Edges   ignored rows: loss 0, gradient 0 even where the logits are NaN. +inf, NaN or only -inf in a row: NaN. -inf
+// beside
+//         finite logits: probability 0. R = 0 or all ignored: mean NaN, sum 0. A label outside [0, C) that is not
+//         ignore_index stops the kernel before anything is written. grad_input may be the input itself.
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd_math.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+namespace {
+
+enum Target { hard, smooth, soft };  // hard: labels, no smoothing; smooth: labels and ε > 0; soft: probabilities
+enum Reduction { none, mean, sum };
+constexpr int64_t kByRow =
+    96;  // from this many adjacent classes on, tails and sums over lanes cost less than gathering
+
+template <class C>
+struct Options {  // what both directions share; C is float or double
+  int64_t rows, classes, ignore_index;
+  const int64_t* labels;  // null for soft targets
+  const C* weight;        // may be null
+  C keep, spread;         // 1 - ε and ε / C
+  C weight_sum, z_loss, softcap;
+  int reduction;
+  bool by_row;
+  C* stats;  // [3, rows]
+
+  Options(const View& input, const View& target, const View& w, const View& saved, int reduce, int64_t ignored,
+          double smoothing, double z_factor, double cap)
+      : rows(saved.shape[1]),
+        classes(input.shape[1]),
+        ignore_index(ignored),
+        labels(target.dtype == DType::i64 ? target.as<int64_t>() : nullptr),
+        weight(w.as<C>()),
+        keep(1 - smoothing),
+        spread(smoothing / input.shape[1]),
+        z_loss(z_factor),
+        softcap(cap),
+        reduction(reduce),
+        by_row(classes >= kByRow && input.strides[1] == 1 && (labels || target.strides[1] == 1)),
+        stats(saved.as<C>()) {
+    double total = 0;
+    for (int64_t c = 0; c < classes; ++c) total += weight_of(c);
+    weight_sum = total;
+  }
+  PYFUSED_INLINE C weight_of(int64_t c) const { return weight ? weight[c] : C(1); }
+  PYFUSED_INLINE bool ignored(int64_t r) const { return labels && labels[r] == ignore_index; }
+  // Rows in a group, and in a chunk: about 64K elements of work. They depend on the shape alone.
+  PYFUSED_INLINE int64_t group() const {
+    return by_row ? min<int64_t>(max<int64_t>(65536 / classes, 1), lanes<C>) : lanes<C>;
+  }
+  PYFUSED_INLINE int64_t chunk() const {
+    return max<int64_t>(65536 / (group() * max<int64_t>(classes, 1)), 1) * group();
+  }
+
+  // Per lane the label of row r + lane; -1 where there is none: soft target, ignored row, lane past the last row.
+  PYFUSED_INLINE Mask<C> labels_of(int64_t r, int64_t n) const {
+    Mask<C> label = Mask<C>{} - 1;
+    for (int64_t l = 0; labels && l < n; ++l)
+      if (labels[r + l] != ignore_index) label[l] = labels[r + l];
+    return label;
+  }
+  // Per lane what the row counts: its label's weight, 1 for a soft target, 0 for an ignored or absent row.
+  PYFUSED_INLINE Vec<C> weights_of(Mask<C> label, int64_t n) const {
+    if (!labels) return lane_numbers<C>() < static_cast<int>(n) ? splat(C(1)) : Vec<C>{};
+    if (!weight) return label >= 0 ? splat(C(1)) : Vec<C>{};
+    Vec<C> w{};
+    for (int l = 0; l < lanes<C>; ++l)
+      if (label[l] >= 0) w[l] = weight[label[l]];
+    return w;
+  }
+  Status check_labels() const {
+    for (int64_t r = 0; labels && r < rows; ++r)
+      if (static_cast<uint64_t>(labels[r]) >= static_cast<uint64_t>(classes) && labels[r] != ignore_index)
+        return out_of_range("target", r, labels[r], classes);
+    return {};
+  }
+};
+
+template <class T>
+struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
+  static constexpr int64_t width = lanes<compute_t<T>>;
+  T* data;
+  int64_t classes, class_stride, outer_stride, inner_stride, inner;
+
+  explicit Matrix(const View& v)
+      : data(v.as<T>()),
+        classes(v.shape[1]),
+        class_stride(v.strides[1]),
+        outer_stride(v.ndim == 3 ? v.strides[0] : 0),
+        inner_stride(v.ndim == 3 ? v.strides[2] : v.strides[0]),
+        inner(max<int64_t>(v.shape[v.ndim == 3 ? 2 : 0], 1)) {}
+  PYFUSED_INLINE T* row(int64_t r) const { return data + r / inner * outer_stride + r % inner * inner_stride; }
+  PYFUSED_INLINE bool lanes_adjacent(int64_t r, int64_t n) const {
+    return n == width && inner_stride == 1 && r % inner + n <= inner;
+  }
+  // n rows to and from tile[class][lane]; lanes past n repeat the last row.
+  PYFUSED_INLINE void gather(int64_t r, int64_t n, T* tile) const {
+    const T* p = row(r);
+    if (lanes_adjacent(r, n)) {
+      for (int64_t c = 0; c < classes; ++c) std::memcpy(tile + c * width, p + c * class_stride, sizeof(T) * width);
+      return;
+    }
+    for (int64_t l = 0; l < width; ++l) {
+      p = row(r + min(l, n - 1));
+      for (int64_t c = 0; c < classes; ++c) tile[c * width + l] = p[c * class_stride];
+    }
+  }
+  PYFUSED_INLINE void scatter(int64_t r, int64_t n, const T* tile) const {
+    T* p = row(r);
+    if (lanes_adjacent(r, n)) {
+      for (int64_t c = 0; c < classes; ++c) std::memcpy(p + c * class_stride, tile + c * width, sizeof(T) * width);
+      return;
+    }
+    for (int64_t l = 0; l < n; ++l) {
+      p = row(r + l);
+      for (int64_t c = 0; c < classes; ++c) p[c * class_stride] = tile[c * width + l];
+    }
+  }
+};
+
+template <bool Capped, class T, class C = compute_t<T>>
+PYFUSED_INLINE Vec<C> logits(const T* p, C softcap) {
+  if constexpr (Capped) return softcap * tanh<C>(load(p) / softcap);
+  return load(p);
+}
+
+// The part of the target that is not the label, on the classes of one vector: u_c = w_c (smooth; times ε / C) or
+// w_c ((1-ε) y_c + ε/C) (soft).
+template <Target K, class U, class C>
+PYFUSED_INLINE Vec<C> spread_target(const Options<C>& o, const U* y, Vec<C> w) {
+  if constexpr (K == soft) w *= load(y) * o.keep + o.spread;
+  return w;
+}
+
+// --- Forward: what one pass over the logits of a group finds, one lane per row
+
+template <class C>
+struct Sums {
+  Vec<C> top{}, others{}, at_label{};  // maximum; ∑ exp(z - top) without the label; the label's logit
+  Vec<C> spread{}, mass{};             // ∑ u (top - z) and ∑ u
+};
+
+template <Target K, bool Capped, class T, class U, class C = compute_t<T>>
+PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int64_t label, int lane, Sums<C>& out) {
+  constexpr int64_t width = lanes<C>;
+  const int64_t last = o.classes - width;  // the last vector overlaps the one before it: no scalar tail
+  Vec<C> tops[4] = {load(z + last), load(z + last), load(z + last), load(z + last)};
+  int64_t c = 0;
+  for (; c + 4 * width <= o.classes; c += 4 * width)
+    for (int k = 0; k < 4; ++k) tops[k] = max<Vec<C>>(load(z + c + k * width), tops[k]);
+  for (; c < last; c += width) tops[0] = max<Vec<C>>(load(z + c), tops[0]);
+  C top = reduce_max<C>(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+  if constexpr (Capped) top = (o.softcap * tanh<C>(splat(top) / o.softcap))[0];
+
+  Vec<C> others{}, spread{}, mass{};
+  auto add = [&](int64_t c, Mask<C> counted) {
+    Vec<C> x = logits<Capped>(z + c, o.softcap), e = exp(x - top);
+    if (__builtin_expect(label >= c && label < c + width, false)) {
+      e = lane_numbers<C>() == static_cast<int>(label - c) ? Vec<C>{} : e;
+      out.at_label[lane] = x[label - c];
+    }
+    others += counted ? e : Vec<C>{};
+    if constexpr (K != hard) {
+      Vec<C> u = spread_target<K>(o, y + c, o.weight ? load(o.weight + c) : splat(C(1)));
+      spread += counted ? u * (top - x) : Vec<C>{};
+      mass += counted ? u : Vec<C>{};
+    }
+  };
+  for (c = 0; c + width <= o.classes; c += width) add(c, ~Mask<C>{});
+  if (c < o.classes) add(last, lane_numbers<C>() >= static_cast<int>(c - last));
+  out.top[lane] = top;
+  out.others[lane] = reduce_add(others);
+  out.spread[lane] = reduce_add(spread);
+  out.mass[lane] = reduce_add(mass);
+}
+
+template <Target K, bool Capped, class T, class U, class C = compute_t<T>>
+PYFUSED_INLINE void reduce_tile(const Options<C>& o, const T* z, const U* y, Mask<C> label, Sums<C>& out) {
+  constexpr int64_t width = lanes<C>;
+  Vec<C> top = splat(-C(__builtin_inf()));
+  for (int64_t c = 0; c < o.classes; ++c) top = max<Vec<C>>(load(z + c * width), top);
+  if constexpr (Capped) top = o.softcap * tanh<C>(top / o.softcap);
+  out.top = top;
+  for (int64_t c = 0; c < o.classes; ++c) {
+    Vec<C> x = logits<Capped>(z + c * width, o.softcap), e = exp(x - top);
+    Mask<C> mine = label == static_cast<int>(c);
+    out.others += mine ? Vec<C>{} : e;
+    out.at_label = mine ? x : out.at_label;
+    if constexpr (K != hard) {
+      Vec<C> u = spread_target<K>(o, y + c * width, splat(o.weight_of(c)));
+      out.spread += u * (top - x);
+      out.mass += u;
+    }
+  }
+}
+
+// Losses, statistics and log-sum-exps of one group from its sums; adds its loss and weight in the order of the rows.
+template <Target K, class C>
+PYFUSED_INLINE void finish_group(const Options<C>& o, const Sums<C>& s, int64_t r, int64_t n, C* losses, C* lses,
+                                 double (&total)[2]) {
+  Mask<C> label = o.labels_of(r, n);
+  Vec<C> w = o.weights_of(label, n), at_label = label >= 0 ? exp(s.at_label - s.top) : Vec<C>{};
+  // S - 1, which is exactly the sum of the others where the label has the maximum (at_label = 1)
+  Vec<C> log_sum = log1p(s.others + (at_label - C(1))), all = s.others + at_label, lse = s.top + log_sum, loss;
+  if constexpr (K == soft)
+    loss = s.mass * log_sum + s.spread;
+  else
+    loss = w * o.keep * ((s.top - s.at_label) + log_sum);
+  if constexpr (K == smooth) loss += o.spread * (s.mass * log_sum + s.spread);
+  if (o.z_loss != 0) loss += o.z_loss * w * lse * lse;
+  if constexpr (K != soft) loss = label >= 0 ? loss : Vec<C>{};
+  store_first(o.stats + r, s.top, n);
+  store_first(o.stats + o.rows + r, all, n);
+  store_first(o.stats + 2 * o.rows + r, K == soft ? s.mass : -s.others / all, n);
+  if (lses) store_first(lses + r, lse, n);
+  if (o.reduction == none) store_first(losses + r, loss, n);
+  for (int64_t l = 0; l < n; ++l) {
+    total[0] += loss[l];
+    total[1] += w[l];
+  }
+}
+
+template <Target K, bool Capped, class T, class U>
+Status forward(const View& loss, const View& lse, const View& total, const View& input, const View& target,
+               const Options<compute_t<T>>& o, int threads) {
+  using C = compute_t<T>;
+  const Matrix<T> z(input);
+  const Matrix<U> y(K == soft ? target : input);
+  const int64_t chunk = o.chunk(), chunks = (o.rows + chunk - 1) / chunk, tile = o.by_row ? 0 : o.classes * lanes<C>;
+  auto* partial = static_cast<double (*)[2]>(scratch(0, chunks * sizeof(double[2])));
+  char* tiles = static_cast<char*>(scratch(1, threads * tile * (sizeof(T) + sizeof(U))));
+  parallel_for(chunks, 1, threads, [&](int64_t begin, int64_t end, int thread) {
+    T* z_tile = reinterpret_cast<T*>(tiles + thread * tile * (sizeof(T) + sizeof(U)));
+    U* y_tile = reinterpret_cast<U*>(z_tile + tile);
+    for (int64_t k = begin; k < end; ++k) {
+      partial[k][0] = partial[k][1] = 0;
+      const int64_t stop = min((k + 1) * chunk, o.rows);
+      for (int64_t r = k * chunk, n; r < stop; r += n) {
+        n = min(o.group(), stop - r);
+        Sums<C> sums;
+        if (o.by_row) {
+          for (int64_t i = 0; i < n; ++i)
+            if (lse || !o.ignored(r + i))
+              reduce_row<K, Capped>(o, z.row(r + i), y.row(r + i), K == soft || o.ignored(r + i) ? -1 : o.labels[r + i],
+                                    i, sums);
+        } else {
+          z.gather(r, n, z_tile);
+          if constexpr (K == soft) y.gather(r, n, y_tile);
+          reduce_tile<K, Capped>(o, z_tile, y_tile, o.labels_of(r, n), sums);
+        }
+        finish_group<K>(o, sums, r, n, loss.as<C>(), lse.as<C>(), partial[k]);
+      }
+    }
+  });
+  double sums[2] = {0, 0};
+  for (int64_t k = 0; k < chunks; ++k)
+    for (int i = 0; i < 2; ++i) sums[i] += partial[k][i];
+  total.as<C>()[0] = sums[1];
+  if (o.reduction != none) loss.as<C>()[0] = o.reduction == mean ? sums[0] / sums[1] : sums[0];
+  return {};
+}
+
+// --- Backward: dz = exp(z - top) factor - scale u, except for the label
+
+template <class C>
+struct Slopes {  // one lane per row
+  Vec<C> top, factor, scale, at_label;
+  Mask<C> live;
+};
+
+template <Target K, class C>
+PYFUSED_INLINE Slopes<C> slopes_of(const Options<C>& o, int64_t r, int64_t n, const C* grad_loss, const C* grad_lse,
+                                   C scale) {
+  Mask<C> label = o.labels_of(r, n);
+  Vec<C> top = load_first(o.stats + r, n), all = load_first(o.stats + o.rows + r, n, C(1)),
+         x = load_first(o.stats + 2 * o.rows + r, n), w = o.weights_of(label, n), lse_slope{};
+  Vec<C> g = o.reduction == none ? load_first(grad_loss + r, n) : splat(scale);
+  if (o.z_loss != 0) lse_slope = g * w * (2 * o.z_loss) * (top + log1p(all - C(1)));
+  Mask<C> live = ~Mask<C>{};
+  if constexpr (K != soft) {
+    live = label >= 0;
+    g = live ? g : Vec<C>{};
+    lse_slope = live ? lse_slope : Vec<C>{};
+  }
+  if (grad_lse) lse_slope += load_first(grad_lse + r, n);
+  if constexpr (K == soft) return {top, (g * x + lse_slope) / all, g, g, live};
+  Vec<C> mass = w * o.keep, at_label = g * mass * x + lse_slope * (x + C(1));
+  if constexpr (K == smooth) {
+    mass += o.spread * o.weight_sum;
+    at_label += g * o.spread * (o.weight_sum * (x + C(1)) - w);
+  }
+  if (grad_lse) live = ~Mask<C>{};
+  return {top, (g * mass + lse_slope) / all, g * o.spread, at_label, live};
+}
+
+template <Target K, bool Capped, class U, class C>
+PYFUSED_INLINE Vec<C> slope(const Options<C>& o, Vec<C> x, Vec<C> top, Vec<C> factor, Vec<C> scale, const U* y,
+                            Vec<C> w) {
+  Vec<C> d = exp(x - top) * factor;
+  if constexpr (K != hard) d -= scale * spread_target<K>(o, y, w);
+  return d;
+}
+template <bool Capped, class C>
+PYFUSED_INLINE Vec<C> uncap(Vec<C> d, Vec<C> x, C softcap) {  // times dz / d input = 1 - tanh²
+  if constexpr (Capped) d *= (C(1) - x / softcap) * (C(1) + x / softcap);
+  return d;
+}
+
+template <Target K, bool Capped, class T, class U, class C = compute_t<T>>
+PYFUSED_INLINE void grad_row(const Options<C>& o, T* out, const T* z, const U* y, int64_t label, const Slopes<C>& s,
+                             int lane) {
+  constexpr int64_t width = lanes<C>;
+  const Vec<C> top = splat<C>(s.top[lane]), factor = splat<C>(s.factor[lane]), scale = splat<C>(s.scale[lane]);
+  auto grad = [&](int64_t c) {
+    Vec<C> x = logits<Capped>(z + c, o.softcap);
+    Vec<C> w = K != hard && o.weight ? load(o.weight + c) : splat(C(1));
+    return uncap<Capped>(slope<K, Capped>(o, x, top, factor, scale, y + c, w), x, o.softcap);
+  };
+  // Out may be z: the overlapping last vector and the label's logit are read before anything is written.
+  const int64_t last = o.classes - width;
+  const Vec<C> tail = grad(last);
+  const Vec<C> x_label = label < 0 ? Vec<C>{} : logits<Capped>(z + min(label, last), o.softcap);
+  for (int64_t c = 0; c < last; c += width) store(out + c, grad(c));
+  store(out + last, tail);
+  if (label >= 0)
+    out[label] =
+        from_compute<T>(uncap<Capped>(splat<C>(s.at_label[lane]), x_label, o.softcap)[label - min(label, last)]);
+}
+
+template <Target K, bool Capped, class T, class U, class C = compute_t<T>>
+PYFUSED_INLINE void grad_tile(const Options<C>& o, T* z, const U* y, Mask<C> label, const Slopes<C>& s) {
+  constexpr int64_t width = lanes<C>;
+  for (int64_t c = 0; c < o.classes; ++c) {
+    Vec<C> x = logits<Capped>(z + c * width, o.softcap);
+    Vec<C> d = slope<K, Capped>(o, x, s.top, s.factor, s.scale, y + c * width, splat(o.weight_of(c)));
+    d = label == static_cast<int>(c) ? s.at_label : d;
+    store(z + c * width, s.live ? uncap<Capped>(d, x, o.softcap) : Vec<C>{});
+  }
+}
+
+template <Target K, bool Capped, class T, class U>
+Status backward(const View& grad_input, const View& grad_loss, const View& grad_lse, const View& input,
+                const View& target, const View& total, const Options<compute_t<T>>& o, int threads) {
+  using C = compute_t<T>;
+  const Matrix<T> out(grad_input), z(input);
+  const Matrix<U> y(K == soft ? target : input);
+  const int64_t chunk = o.chunk(), tile = o.by_row ? 0 : o.classes * lanes<C>;
+  char* tiles = static_cast<char*>(scratch(1, threads * tile * (sizeof(T) + sizeof(U))));
+  const C* grads = grad_loss.as<C>();
+  const C scale = o.reduction == none ? C(0) : o.reduction == mean ? grads[0] / total.as<C>()[0] : grads[0];
+  parallel_for((o.rows + chunk - 1) / chunk, 1, threads, [&](int64_t begin, int64_t end, int thread) {
+    T* z_tile = reinterpret_cast<T*>(tiles + thread * tile * (sizeof(T) + sizeof(U)));
+    U* y_tile = reinterpret_cast<U*>(z_tile + tile);
+    const int64_t stop = min(end * chunk, o.rows);
+    for (int64_t r = begin * chunk, n; r < stop; r += n) {
+      n = min(o.group(), stop - r);
+      const Slopes<C> slopes = slopes_of<K>(o, r, n, grads, grad_lse.as<C>(), scale);
+      const Mask<C> label = o.labels_of(r, n);
+      if (!o.by_row) {
+        z.gather(r, n, z_tile);
+        if constexpr (K == soft) y.gather(r, n, y_tile);
+        grad_tile<K, Capped>(o, z_tile, y_tile, label, slopes);
+        out.scatter(r, n, z_tile);
+        continue;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        if (slopes.live[i])
+          grad_row<K, Capped>(o, out.row(r + i), z.row(r + i), y.row(r + i), label[i], slopes, i);
+        else
+          std::memset(out.row(r + i), 0, o.classes * sizeof(T));
+      }
+    }
+  });
+  return {};
+}
+
+// Calls run(Target constant, softcap constant, T{}, U{}) for this problem's types: U holds probabilities, in the
+// logits' type or in the type of the arithmetic.
+template <class T, class Run>
+Status specialize(const View& target, double label_smoothing, double softcap, const Run& run) {
+  auto with_target = [&](auto capped) {
+    using C = compute_t<T>;
+    if (target.dtype == DType::i64)
+      return label_smoothing > 0 ? run(std::integral_constant<Target, smooth>(), capped, T{}, T{})
+                                 : run(std::integral_constant<Target, hard>(), capped, T{}, T{});
+    if (target.dtype == DType::f32 && !std::is_same_v<T, C>)
+      return run(std::integral_constant<Target, soft>(), capped, T{}, C{});
+    return run(std::integral_constant<Target, soft>(), capped, T{}, T{});
+  };
+  return softcap > 0 ? with_target(std::true_type()) : with_target(std::false_type());
+}
+
+// The kernels' own check of what they are given. C is the dtype of the arithmetic: losses, statistics and weights have
+// it.
+Status check(const View& loss, const View& lse, const View& stats, const View& total, const View& input,
+             const View& target, const View& weight, int reduction) {
+  PYFUSED_REQUIRE(input.ndim == 2 || input.ndim == 3, "input", "must be [R, C] or [N, C, P]");
+  PYFUSED_REQUIRE(input.shape[1] < INT32_MAX, "input", "must have fewer than 2^31 classes");
+  const int64_t rows = input.shape[0] * (input.ndim == 3 ? input.shape[2] : 1);
+  const DType arithmetic = input.dtype == DType::f64 ? DType::f64 : DType::f32;
+  if (target.dtype == DType::i64) {
+    PYFUSED_REQUIRE(target.contiguous() && target.numel() == rows, "target", "must be one contiguous label per row");
+  } else {
+    PYFUSED_REQUIRE(target.dtype == input.dtype || target.dtype == arithmetic, "target", "must have the logits' dtype");
+    PYFUSED_REQUIRE(target.ndim == input.ndim, "target", "must have the logits' shape");
+    for (int i = 0; i < input.ndim; ++i)
+      PYFUSED_REQUIRE(target.shape[i] == input.shape[i], "target", "must have the logits' shape");
+  }
+  PYFUSED_REQUIRE(stats.ndim == 2 && stats.contiguous() && stats.shape[0] == 3 && stats.shape[1] == rows &&
+                      stats.dtype == arithmetic,
+                  "stats", "must be [3, rows]");
+  PYFUSED_REQUIRE(total.numel() == 1 && total.dtype == arithmetic, "total", "must be one number");
+  PYFUSED_REQUIRE(loss.contiguous() && loss.dtype == arithmetic && loss.numel() == (reduction == none ? rows : 1),
+                  "loss", "must be contiguous, one number or one per row");
+  PYFUSED_REQUIRE(!lse || (lse.contiguous() && lse.dtype == arithmetic && lse.numel() == rows), "lse",
+                  "must be contiguous, one per row");
+  PYFUSED_REQUIRE(!weight || (weight.contiguous() && weight.dtype == arithmetic && weight.numel() == input.shape[1]),
+                  "weight", "must be contiguous, one per class");
+  return {};
+}
+
+}  // namespace
+
+Status cross_entropy(View loss, View lse, View stats, View total, View input, View target, View weight, int reduction,
+                     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads) {
+  if (Status s = check(loss, lse, stats, total, input, target, weight, reduction); s.code != Status::ok) return s;
+  return for_dtype(input.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss,
+                                  softcap);
+    if (Status s = o.check_labels(); s.code != Status::ok) return s;
+    return specialize<T>(target, label_smoothing, softcap, [&](auto kind, auto capped, auto t, auto u) {
+      return forward<kind(), capped(), decltype(t), decltype(u)>(loss, lse, total, input, target, o, threads);
+    });
+  });
+}
+
+Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, View input, View target, View weight,
+                              View stats, View total, int reduction, int64_t ignore_index, double label_smoothing,
+                              double z_loss, double softcap, int threads) {
+  if (Status s = check(grad_loss, grad_lse, stats, total, input, target, weight, reduction); s.code != Status::ok)
+    return s;
+  PYFUSED_REQUIRE(grad_input.ndim == input.ndim && grad_input.dtype == input.dtype, "grad_input", "must be like input");
+  for (int i = 0; i < input.ndim; ++i)
+    PYFUSED_REQUIRE(grad_input.shape[i] == input.shape[i], "grad_input", "must be like input");
+  return for_dtype(input.dtype, [&](auto type) {
+    using T = decltype(type);
+    Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss, softcap);
+    o.by_row = o.by_row && grad_input.strides[1] == 1;
+    if (Status s = o.check_labels(); s.code != Status::ok) return s;
+    return specialize<T>(target, label_smoothing, softcap, [&](auto kind, auto capped, auto t, auto u) {
+      return backward<kind(), capped(), decltype(t), decltype(u)>(grad_input, grad_loss, grad_lse, input, target, total,
+                                                                  o, threads);
+    });
+  });
+}
+
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused

@@ -1,0 +1,318 @@
+"""Softmax cross-entropy of logits.
+
+    z = softcap · tanh(input / softcap), or input;   lse = log ∑_c exp(z_c)
+    labels          loss = w_t (1-ε) (lse - z_t) + ε/C ∑_c w_c (lse - z_c) + w_t z_loss lse²  (0 where t = ignore_index)
+    probabilities   loss = ∑_c w_c ((1-ε) y_c + ε/C) (lse - z_c) + z_loss lse²
+    mean            divides the sum by total = ∑ w_t over rows not ignored, or by the number of rows for probabilities
+
+Label smoothing ε: Szegedy et al. 2015, arXiv:1512.00567. z-loss: Chowdhery et al. 2022, arXiv:2204.02311. Softcap:
+Gemma 2, arXiv:2408.00118. Forward keeps three numbers per row and backward recomputes the softmax from the logits:
+
+    stats = [m = max z,  S = ∑_c exp(z_c - m),  x],   x = p_t - 1 for labels, ∑ of the target for probabilities
+
+x is computed without the cancellation of p_t - 1, so that rows already classified with certainty keep their gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .._library import define, differentiable_grads, needs_grad, reject
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def reference(
+    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, *, z_loss=0.0, softcap=None,
+    return_lse=False, inplace=False,
+):  # fmt: skip
+    """The op in eager PyTorch."""
+    z = input if softcap is None else softcap * torch.tanh(input / softcap)
+    loss = F.cross_entropy(z, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    if not z_loss and not return_lse:
+        return loss
+    lse = torch.logsumexp(z.to(arithmetic_dtype(z)), dim=0 if z.dim() == 1 else 1)
+    if z_loss:
+        row_weight = _row_weight(z, target, weight, ignore_index).to(lse.dtype)
+        penalty = z_loss * row_weight * torch.where(row_weight != 0, lse, 0).square()
+        if reduction != "none":
+            penalty = penalty.sum() / (row_weight.sum() if reduction == "mean" else 1)
+        loss = loss + penalty.to(loss.dtype)
+    return (loss, lse) if return_lse else loss
+
+
+def _row_weight(z, target, weight, ignore_index):
+    """What each row counts in the mean: its label's weight, 0 where ignored; 1 for probabilities."""
+    if target.shape == z.shape:
+        return torch.ones_like(z.select(0 if z.dim() == 1 else 1, 0))
+    kept = target != ignore_index
+    return kept if weight is None else torch.where(kept, weight[torch.where(kept, target, 0).long()], 0)
+
+
+def arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of losses and statistics inside."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- Forward. The registered ops take [R, C] or [N, C, P] logits; labels are int64, one per row.
+_OPTIONS = "int reduction, SymInt ignore_index, float label_smoothing, float z_loss, float softcap"  # softcap 0: none
+
+
+def alloc(input, target, weight, return_lse, reduction, ignore_index, label_smoothing, z_loss, softcap):
+    """(loss, lse, stats, total) in the dtype of the arithmetic; lse has no elements unless asked for."""
+    rows = (*input.shape[:1], *input.shape[2:])
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=arithmetic_dtype(input), device=input.device)
+
+    loss = empty(*(rows if REDUCTIONS[reduction] == "none" else ()))
+    return loss, empty(*(rows if return_lse else (0,))), empty(3, input.shape[0] * input.shape[2:].numel()), empty()
+
+
+def _target_matrix(z, target, weight, label_smoothing, ignore_index):
+    """(what of the target falls on each logit besides the label, what falls on the label, the label or 0)."""
+    w = z.new_ones(z.shape[1]) if weight is None else weight.to(z.dtype)
+    w = w.view(-1, *[1] * (z.dim() - 2))
+    if target.is_floating_point():
+        return w * (target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / z.shape[1]), None, None
+    kept = target != ignore_index
+    label = torch.where(kept, target, 0)
+    row_weight = torch.where(kept, w.flatten()[label], 0)
+    smooth = label_smoothing if label_smoothing > 0 else 0
+    return (w * smooth / z.shape[1]) * kept.unsqueeze(1), row_weight * (1 - smooth), label
+
+
+def _reference_forward(input, target, weight, return_lse, reduction, ignore_index, label_smoothing, z_loss, softcap):
+    z = input.to(arithmetic_dtype(input))
+    options = {"z_loss": z_loss, "softcap": softcap or None, "return_lse": True}
+    weight = None if weight is None else weight.to(z.dtype)
+    mode = REDUCTIONS[reduction]
+    loss, lse = reference(z, target, weight, ignore_index, mode, label_smoothing, **options)
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    top = z.amax(1) if z.shape[1] else z.new_zeros(lse.shape)
+    e = torch.exp(z - top.unsqueeze(1))
+    spread, _, label = _target_matrix(z, target, weight, label_smoothing, ignore_index)
+    x = spread.sum(1) if label is None else -e.scatter(1, label.unsqueeze(1), 0).sum(1) / e.sum(1)
+    total = _row_weight(z, target, weight, ignore_index).sum().to(z.dtype)
+    stats = torch.stack([top.flatten(), e.sum(1).flatten(), x.flatten()])
+    return loss.to(z.dtype).clone(), lse if return_lse else lse.new_empty(0), stats, total
+
+
+_forward = define(
+    f"cross_entropy(Tensor input, Tensor target, Tensor? weight, bool return_lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    alloc,
+    _reference_forward,
+)
+
+
+# --- Backward
+def alloc_backward(grad_loss, grad_lse, input, *args):
+    return torch.empty_like(input)
+
+
+def _reference_backward(
+    grad_loss, grad_lse, input, target, weight, stats, total, reduction, ignore_index, label_smoothing, z_loss, softcap
+):
+    z = input.to(arithmetic_dtype(input))
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    rows = (*z.shape[:1], *z.shape[2:])
+    top, all_, x = (s.view(rows).unsqueeze(1) for s in stats)
+    p = torch.exp(z - top) / all_
+    spread, on_label, label = _target_matrix(z, target, weight, label_smoothing, ignore_index)
+    d = p * spread.sum(1, keepdim=True) - spread
+    if label is not None:
+        on_label, label = on_label.unsqueeze(1), label.unsqueeze(1)
+        p_label = p.gather(1, label)
+        d += on_label * p
+        d.scatter_add_(1, label, on_label * (x - p_label))
+    if z_loss:
+        row_weight = _row_weight(z, target, weight, ignore_index).to(z.dtype).unsqueeze(1)
+        d += 2 * z_loss * row_weight * (top + torch.log(all_)) * p
+    mode = REDUCTIONS[reduction]
+    d *= grad_loss.unsqueeze(1) if mode == "none" else grad_loss / total if mode == "mean" else grad_loss
+    if label is not None:
+        d = torch.where((target == ignore_index).unsqueeze(1), 0, d)
+    if grad_lse is not None:
+        d += grad_lse.unsqueeze(1) * p
+    if softcap:
+        d *= 1 - (z / softcap).square()
+    return torch.empty_like(input).copy_(d)
+
+
+_GIVEN = "Tensor target, Tensor? weight, Tensor stats, Tensor total"
+_backward = define(
+    f"cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, {_GIVEN}, {_OPTIONS}) -> Tensor",
+    alloc_backward,
+    _reference_backward,
+)
+_backward_ = define(
+    f"cross_entropy_backward_(Tensor grad_loss, Tensor? grad_lse, Tensor(a!) input, {_GIVEN}, {_OPTIONS}) -> ()",
+    lambda *args: None,
+    lambda *args: args[2].copy_(_reference_backward(*args)) and None,
+)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target, weight, return_lse, inplace, *options):
+        loss, lse, stats, total = _forward(input, target, weight, return_lse, *options)
+        ctx.save_for_backward(input, target, weight, stats, total)
+        ctx.options, ctx.return_lse, ctx.inplace = options, return_lse, inplace
+        return loss, lse
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_lse):
+        input, target, weight, stats, total = ctx.saved_tensors
+        grad_lse = grad_lse if ctx.return_lse else None
+        none = (None,) * 9
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, input, target, weight, grad_loss, grad_lse), *none
+        args = (grad_loss, grad_lse, input, target, weight)
+        if not ctx.inplace:
+            return _backward(*args, stats, total, *ctx.options), *none
+        _backward_(*args, stats, total, *ctx.options)
+        # Whatever else saved these logits for its backward, this function's second backward included, must now raise.
+        torch.autograd.graph.increment_version(input)
+        return input.detach(), *none
+
+
+def _differentiable(ctx, input, target, weight, grad_loss, grad_lse):
+    reduction, ignore_index, label_smoothing, z_loss, softcap = ctx.options
+    options = {"z_loss": z_loss, "softcap": softcap or None, "return_lse": True}
+    dtype = arithmetic_dtype(input)
+    weight = None if weight is None else weight.to(dtype)
+    mode = REDUCTIONS[reduction]
+
+    def losses(input):
+        return reference(input.to(dtype), target, weight, ignore_index, mode, label_smoothing, **options)
+
+    if grad_lse is None:
+        grad_lse = torch.zeros_like(input.select(1, 0), dtype=dtype)
+    return differentiable_grads(losses, (input,), (True,), (grad_loss, grad_lse))[0]
+
+
+# --- Arguments
+def _is_native(input, target, weight) -> bool:
+    """Whether the registered op takes these; eager PyTorch judges and runs everything else."""
+    if not all(isinstance(x, torch.Tensor) for x in (input, target)) or input.dtype not in DTYPES or input.dim() == 0:
+        return False
+    if input.device.type not in ("cpu", "cuda") or input.layout != torch.strided or target.layout != torch.strided:
+        return False
+    if target.device != input.device or (weight is not None and weight.device != input.device):
+        return False
+    # Gradients for probabilities or for class weights, and probabilities of more precision than the arithmetic: eager.
+    exact = (input.dtype, arithmetic_dtype(input))
+    return not needs_grad(target, weight) and (
+        target.shape != input.shape or all(x is None or x.dtype in exact for x in (target, weight))
+    )
+
+
+def _problem(input, target, weight, ignore_index, reduction, label_smoothing, softcap) -> str | None:
+    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+    rows = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
+    if reduction not in REDUCTIONS:
+        return f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
+    if label_smoothing > 1:
+        return f"label_smoothing must be at most 1, got {label_smoothing}"
+    if softcap is not None and not softcap > 0:
+        return f"softcap must be positive or None, got {softcap}"
+    if weight is not None and weight.shape != (classes,):
+        return f"weight must have one element per class, ({classes},), got {tuple(weight.shape)}"
+    if target.shape == input.shape:
+        return f"ignore_index must be negative with probabilities, got {ignore_index}" if ignore_index >= 0 else None
+    if target.dtype != torch.int64 and not (target.dtype == torch.uint8 and input.dim() <= 2):
+        return f"target must be int64 class indices of shape {rows}, got {target.dtype} {tuple(target.shape)}"
+    if target.shape != rows:
+        return f"target must have the shape {rows} (class indices) or {tuple(input.shape)}, got {tuple(target.shape)}"
+    if weight is not None and weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        return f"weight must have the dtype of input, {input.dtype}, got {weight.dtype}"
+    return None
+
+
+def _check_inplace(input: torch.Tensor) -> None:
+    base = input if input._base is None else input._base
+    if base.is_leaf:
+        raise RuntimeError(
+            "pyfused.cross_entropy: inplace=True would overwrite input, a leaf that requires grad, with its gradient"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape)):
+        raise RuntimeError("pyfused.cross_entropy: inplace=True needs an input without expanded dimensions")
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    inplace: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax cross-entropy: the logits are read once forward and once backward; only the gradient has their size.
+
+    Args: as torch.nn.functional.cross_entropy, and
+        input: logits (C,), (N, C) or (N, C, d1, ...) with any strides; float32, float64, bfloat16 or float16.
+        target: labels, int64 of shape (), (N,) or (N, d1, ...); or probabilities of the shape of `input`.
+        z_loss: adds z_loss · lse² to the loss of every row that is not ignored, times the class weight of its label,
+            before the reduction.
+        softcap: replaces each logit by softcap · tanh(logit / softcap) first.
+        return_lse: also return log ∑ exp(logits), ignored rows included; float32 (float64), differentiable.
+        inplace: backward may write the gradient into the memory of `input`. A second backward, or the backward of
+            anything else that saved `input`, then raises RuntimeError. No effect under torch.compile.
+
+    Returns:
+        The loss, or (loss, lse). The arithmetic is float32 (float64); the loss has eager's dtype: that of `input`,
+        float32 under autocast. Gradients for probabilities or their class weights come from eager PyTorch.
+
+    Raises:
+        What torch.nn.functional.cross_entropy raises; IndexError for a label outside [0, C) that is not ignore_index.
+        ValueError: softcap is not positive.
+        RuntimeError: inplace=True on a leaf that requires grad, or on an expanded tensor.
+    """
+    given = (input, target, weight, ignore_index, reduction, label_smoothing)
+    extra = {"z_loss": z_loss, "softcap": softcap, "return_lse": return_lse}
+    if not _is_native(input, target, weight) or (input.dim() == 1 and target.shape == (1,)):
+        return reference(*given, **extra)
+    problem = _problem(*given, softcap)
+    if problem:
+        reject("cross_entropy", problem, reference, *given, **extra)
+    if inplace and needs_grad(input):
+        _check_inplace(input)
+    flat, flat_target = _rows(input, target)
+    smoothing = max(float(label_smoothing), 0.0)  # eager takes a negative one for 0
+    options = (REDUCTIONS.index(reduction), ignore_index, smoothing, float(z_loss), float(softcap or 0))
+    if needs_grad(input):
+        inplace = inplace and not torch.compiler.is_compiling()
+        loss, lse = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, *options)
+    else:
+        loss, lse, _, _ = _forward(flat, flat_target, weight, return_lse, *options)
+    shape = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
+    loss = (loss.view(shape) if reduction == "none" else loss).to(_loss_dtype(input, target, weight))
+    return (loss, lse.view(shape)) if return_lse else loss
+
+
+def _rows(input, target):
+    """Logits as [R, C] or [N, C, P], views where the strides allow it; labels int64; probabilities like the logits."""
+    probabilities = target.shape == input.shape
+    if input.dim() == 1:
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
+    elif input.dim() > 3:
+        input, target = input.flatten(2), target.flatten(2 if probabilities else 1)
+    return input, target if probabilities else target.to(torch.int64)
+
+
+def _loss_dtype(input, target, weight) -> torch.dtype:
+    if torch.is_autocast_enabled(input.device.type):
+        return arithmetic_dtype(input)
+    dtype = input.dtype
+    for x in (target, weight):
+        if x is not None and x.is_floating_point():
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
