@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +23,17 @@ def digits(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(256, (count, 28, 28), generator=g), torch.randint(10, (count,), generator=g)
 
 
+def write_mnist(folder: Path) -> Path:
+    """5 training and 3 test digits."""
+    for (images, labels), names in zip((digits(5, 0), digits(3, 1)), (NAMES[:2], NAMES[2:])):
+        (folder / names[0]).write_bytes(idx_bytes(images))
+        (folder / names[1]).write_bytes(idx_bytes(labels))
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with 5 training and 3 test digits."""
-    for (images, labels), names in zip((digits(5, 0), digits(3, 1)), (NAMES[:2], NAMES[2:])):
-        (tmp_path / names[0]).write_bytes(idx_bytes(images))
-        (tmp_path / names[1]).write_bytes(idx_bytes(labels))
-    return tmp_path
+    return write_mnist(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["", "mnist", "MNIST/raw"])

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from test_data import LABELS, NAMES, U_DATA, digits, folder  # noqa: F401  (a fixture)
+from test_data import LABELS, NAMES, U_DATA, digits, write_mnist
 
 from pyfused.data import fetch, idx, interactions, mnist, movielens
 
@@ -98,8 +98,9 @@ def test_download_unpacks_and_rejects_a_cut_gzip(tmp_path, monkeypatch):
         fetch.download("https://somewhere/a.gz", tmp_path / "c")
 
 
-def test_mnist_comes_from_a_mirror(cache, folder, monkeypatch):
+def test_mnist_comes_from_a_mirror(cache, tmp_path, monkeypatch):
     """The first mirror fails on its second file; the other has all four."""
+    folder = write_mnist(tmp_path)
     asked = []
 
     def urlopen(request, timeout):
