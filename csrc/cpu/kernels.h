@@ -7,7 +7,7 @@
 #include "tensor_view.h"
 
 #define PYFUSED_CPU_KERNELS(K)                                                                                \
-  K(conv2d_winograd_transform_weight, (View transformed, View weight, bool rotated, int threads))             \
+  K(conv2d_winograd_transform_weight, (View transformed, View weight, bool transposed, int threads))             \
   K(conv2d_winograd,                                                                                          \
     (View out, View input, View transformed, View bias, int pad_h, int pad_w, bool relu, int threads))        \
   K(conv2d_winograd_pool,                                                                                     \

@@ -30,13 +30,16 @@ namespace {
 constexpr int kGroup = 64;  // output channels between two transforms: M of one group stays in the cache
 constexpr int64_t kBlockBytes = 512 << 10;
 
-// --- Sinks: what happens to the 4x4 outputs of a tile, `count` channels from o.
+// --- Sinks: what happens to the 36 sums of products of a tile, `count` channels from o.
 struct Dense {
   float* out;
   const float* bias;  // or nullptr
   float least;        // 0: ReLU; −inf: none
   int64_t height, width, channels;
-  PYFUSED_INLINE void store_tile(const V (&y)[16], const Tile& tile, int64_t o, int64_t count) const {
+  PYFUSED_INLINE void begin(const Tile&) const {}
+  PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t o, int64_t count) const {
+    V y[16];
+    transform_products(products, y);
     V shift = !bias ? V{} : count >= lanes<float> ? load(bias + o) : load_first(bias + o, count);
     V floor = splat(least);
     int64_t rows = min<int64_t>(kTile, height - tile.h), columns = min<int64_t>(kTile, width - tile.w);
@@ -56,7 +59,10 @@ struct Pooled {
   uint8_t* code;
   const float* bias;
   int64_t height, width, channels;  // of the pooled result
-  PYFUSED_INLINE void store_tile(const V (&y)[16], const Tile& tile, int64_t o, int64_t count) const {
+  PYFUSED_INLINE void begin(const Tile&) const {}
+  PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t o, int64_t count) const {
+    V y[16];
+    transform_products(products, y);
     V shift = !bias ? V{} : count >= lanes<float> ? load(bias + o) : load_first(bias + o, count);
 #pragma GCC unroll 4
     for (int window = 0; window < 4; ++window) {
@@ -82,6 +88,31 @@ struct Pooled {
   }
 };
 
+struct
+    Overlapping {  // the data gradient: 6x6 patches, two rows or columns of which are a neighbour's too, are added up
+  float* out;
+  int pad_h, pad_w;
+  int64_t height, width, channels;
+  PYFUSED_INLINE void begin(const Tile& tile) const {
+    if (tile.h + tile.w == 0)
+      std::memset(out + tile.n * height * width * channels, 0, sizeof(float) * height * width * channels);
+  }
+  PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t c, int64_t count) const {
+    V patch[kPoints];
+    transform_products_to_patch(products, patch);
+    int64_t h = tile.h - pad_h, w = tile.w - pad_w;
+    int64_t bottom = min<int64_t>(kPatch, height - h), right = min<int64_t>(kPatch, width - w);
+    for (int64_t i = max<int64_t>(0, -h); i < bottom; ++i)
+      for (int64_t j = max<int64_t>(0, -w); j < right; ++j) {
+        float* p = out + ((tile.n * height + h + i) * width + w + j) * channels + c;
+        if (count >= lanes<float>)
+          store(p, load(p) + patch[i * kPatch + j]);
+        else
+          store_first(p, load_first(p, count) + patch[i * kPatch + j], count);
+      }
+  }
+};
+
 // M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point.
 PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles, const float* u, int64_t depth,
                                    int panels, float* m) {
@@ -103,23 +134,26 @@ PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles,
   }
 }
 
-// The convolution of `source` with U into `sink`, whose tiles are those of `grid`.
-template <class Source, class Sink>
+// The transformed tiles of `source` (patches of P x P at the grid's tiles, less the padding) times U into `sink`. `unit`
+// tiles in a row are never split over threads.
+template <int P, class Source, class Sink>
 void convolve(const Source& source, const Sink& sink, const Grid& grid, const float* u, int pad_h, int pad_w,
-              int threads) {
+              int64_t unit, int threads) {
   int64_t depth = source.channels, channels = sink.channels, all_panels = (channels + kPanel - 1) / kPanel;
   int64_t v_row = round_up(depth, lanes<float>);
   int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints * 4 * v_row) / kRows * kRows);
-  int64_t blocks = round_up((grid.count + most - 1) / most, threads);  // the same number for every thread
-  int64_t tiles = round_up((grid.count + blocks - 1) / blocks, kRows);
-  blocks = (grid.count + tiles - 1) / tiles;
-  int64_t v_point = tiles * v_row + kSkew, m_point = tiles * kGroup + kSkew;
+  most = min(most, round_up(grid.count, kRows));
+  int64_t v_point = most * v_row + kSkew, m_point = most * kGroup + kSkew;
   auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints * (v_point + m_point)));
-  parallel_for(blocks, 1, threads, [&](int64_t begin, int64_t end, int thread) {
+  int64_t grain = max<int64_t>(1, kRows / unit);
+  parallel_for(grid.count / unit, grain, threads, [&](int64_t begin, int64_t end, int thread) {
     float *v = memory + thread * kPoints * (v_point + m_point), *m = v + kPoints * v_point;
-    for (int64_t block = begin; block < end; ++block) {
-      int64_t first = block * tiles, count = min(tiles, grid.count - first);
-      transform_tiles<kPatch>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
+    int64_t blocks = ((end - begin) * unit + most - 1) / most;
+    int64_t block = min(most, round_up(((end - begin) * unit + blocks - 1) / blocks, kRows));
+    for (int64_t first = begin * unit; first < end * unit; first += block) {
+      int64_t count = min(block, end * unit - first);
+      for (int64_t t = 0; t < count; ++t) sink.begin(Tile(grid, first + t));
+      transform_tiles<P>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
       for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
         int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
         for (int k = 0; k < kPoints; ++k)
@@ -128,12 +162,11 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const fl
         for (int64_t t = 0; t < count; ++t) {
           Tile tile(grid, first + t);
           for (int64_t o = panel * kPanel; o < min(channels, (panel + panels) * kPanel); o += lanes<float>) {
-            V products[kPoints], y[16];
+            V products[kPoints];
             const float* p = m + t * kGroup + (o - panel * kPanel);
 #pragma GCC unroll 36
             for (int k = 0; k < kPoints; ++k) products[k] = load(p + k * m_point);
-            transform_products(products, y);
-            sink.store_tile(y, tile, o, channels - o);
+            sink.finish(products, tile, o, channels - o);
           }
         }
       }
@@ -152,29 +185,25 @@ Status check(const View& input, const View& transformed, int64_t outputs, int pa
 
 }  // namespace
 
-// U from weight [O, C, 3, 3] of any strides. `rotated`: U of the data gradient, the convolution from O to C channels
+// U from weight [O, C, 3, 3] of any strides. `transposed`: U of the data gradient, the convolution from O to C channels
 // with the filters turned by 180 degrees (36 · O · round_up(C, 16) floats).
-Status conv2d_winograd_transform_weight(View transformed, View weight, bool rotated, int threads) {
+Status conv2d_winograd_transform_weight(View transformed, View weight, bool transposed, int threads) {
   PYFUSED_REQUIRE(weight.ndim == 4 && weight.dtype == DType::f32 && weight.shape[2] == 3 && weight.shape[3] == 3,
                   "weight", "must be float32 [O, C, 3, 3]");
-  int64_t outputs = weight.shape[rotated], depth = weight.shape[!rotated];
-  int64_t output_stride = weight.strides[rotated], depth_stride = weight.strides[!rotated];
+  int64_t outputs = weight.shape[transposed], depth = weight.shape[!transposed];
+  int64_t output_stride = weight.strides[transposed], depth_stride = weight.strides[!transposed];
   int64_t panels = (outputs + kPanel - 1) / kPanel;
   PYFUSED_REQUIRE(transformed.dtype == DType::f32 && transformed.contiguous() &&
                       transformed.numel() == kPoints * depth * panels * kPanel,
                   "transformed", "must be 36 * C * round_up(O, 16) contiguous float32");
-  int64_t offset[9];  // of the taps, in the order that the convolution wants
-  for (int tap = 0; tap < 9; ++tap) {
-    int from = rotated ? 8 - tap : tap;
-    offset[tap] = from / 3 * weight.strides[2] + from % 3 * weight.strides[3];
-  }
   parallel_for(panels * depth, 64, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t panel = row / depth, count = min<int64_t>(kPanel, outputs - panel * kPanel);
       const float* from = weight.as<float>() + panel * kPanel * output_stride + row % depth * depth_stride;
       float taps[9][kPanel] = {};
       for (int64_t o = 0; o < count; ++o)
-        for (int tap = 0; tap < 9; ++tap) taps[tap][o] = from[o * output_stride + offset[tap]];
+        for (int tap = 0; tap < 9; ++tap)
+          taps[tap][o] = from[o * output_stride + tap / 3 * weight.strides[2] + tap % 3 * weight.strides[3]];
       for (int o = 0; o < kPanel; o += lanes<float>) {
         V w[9], u[kPoints];
 #pragma GCC unroll 9
@@ -201,7 +230,7 @@ Status conv2d_winograd(View out, View input, View transformed, View bias, int pa
   PYFUSED_REQUIRE(is_channel_vector(bias, outputs), "bias", "must be O contiguous float32");
   Plain source{input.as<float>(), input.shape[2], input.shape[3], input.shape[1]};
   Dense sink{out.as<float>(), bias.as<float>(), relu ? 0.f : -__builtin_inff(), height, width, outputs};
-  convolve(source, sink, Grid(n, height, width), transformed.as<float>(), pad_h, pad_w, threads);
+  convolve<kPatch>(source, sink, Grid(n, height, width), transformed.as<float>(), pad_h, pad_w, 1, threads);
   return {};
 }
 
@@ -219,12 +248,15 @@ Status conv2d_winograd_pool(View out, View code, View input, View transformed, V
   PYFUSED_REQUIRE(is_channel_vector(bias, outputs), "bias", "must be O contiguous float32");
   Plain source{input.as<float>(), input.shape[2], input.shape[3], input.shape[1]};
   Pooled sink{out.as<float>(), code.as<uint8_t>(), bias.as<float>(), height, width, outputs};
-  convolve(source, sink, Grid(n, 2 * height, 2 * width), transformed.as<float>(), pad_h, pad_w, threads);
+  convolve<kPatch>(source, sink, Grid(n, 2 * height, 2 * width), transformed.as<float>(), pad_h, pad_w, 1, threads);
   return {};
 }
 
 // grad_input [N, C, H, W] from grad (dL/dout); `saved` is the forward's output (float32), or its code (uint8) where it
-// pooled. The ReLU's mask or the pool is undone while patches are read; then a convolution with the rotated weight.
+// pooled; `transformed` is that of the transposed weight. The forward's algorithm transposed: with g the gradient before
+// ReLU (and pool), whose mask (or code) is applied while its tiles are read,  dx = ∑_tiles B [ ∑_o U_oc ⊙ (A g_o Aᵀ) ] Bᵀ.
+// A convolution with rotated filters would do too, but it has tiles of dx instead of g: 4 times as many at 5x5 -> 3x3.
+// The threads share the images.
 Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, View transformed, int pad_h, int pad_w,
                                       int threads) {
   bool pooled = saved.dtype == DType::u8;
@@ -237,15 +269,19 @@ Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, Vi
   if (Status status = check(grad, transformed, inputs, pad_h, pad_w); status.code) return status;
   PYFUSED_REQUIRE(has_shape(grad, n, outputs, grad_height, grad_width), "grad", "must have the shape of out");
   PYFUSED_REQUIRE(has_shape(saved, n, outputs, grad_height, grad_width), "saved", "must have the shape of out");
-  Dense sink{grad_input.as<float>(), nullptr, -__builtin_inff(), height, width, inputs};
-  Grid grid(n, height, width);
+  Overlapping sink{grad_input.as<float>(), pad_h, pad_w, height, width, inputs};
+  Grid grid(n, factor * grad_height, factor * grad_width);
+  if (!grid.count) {  // no pixel reaches the output
+    std::memset(grad_input.data, 0, sizeof(float) * grad_input.numel());
+    return {};
+  }
+  int64_t unit = grid.down * grid.across;  // an image
   const float *g = grad.as<float>(), *u = transformed.as<float>();
   if (pooled)
-    convolve(Unpooled{g, saved.as<uint8_t>(), 2 * grad_height, 2 * grad_width, outputs}, sink, grid, u, 2 - pad_h,
-             2 - pad_w, threads);
+    convolve<kTile>(Unpooled{g, saved.as<uint8_t>(), grid.height, grid.width, outputs}, sink, grid, u, 0, 0, unit,
+                    threads);
   else
-    convolve(Masked{g, saved.as<float>(), grad_height, grad_width, outputs}, sink, grid, u, 2 - pad_h, 2 - pad_w,
-             threads);
+    convolve<kTile>(Masked{g, saved.as<float>(), grid.height, grid.width, outputs}, sink, grid, u, 0, 0, unit, threads);
   return {};
 }
 

@@ -66,6 +66,15 @@ PYFUSED_INLINE void times_a(const V* g, int s, V* z, int zs) {
   z[4 * zs] = even2 - odd2;
   z[5 * zs] = g[3 * s];
 }
+PYFUSED_INLINE void times_b(const V* m, int s, V* x, int xs) {
+  V sum1 = m[s] + m[2 * s], dif1 = m[s] - m[2 * s], sum2 = m[3 * s] + m[4 * s], dif2 = m[3 * s] - m[4 * s];
+  x[0] = 4.f * m[0];
+  x[xs] = 4.f * (m[5 * s] - dif1) - 2.f * dif2;
+  x[2 * xs] = -5.f * m[0] - (4.f * sum1 + sum2);
+  x[3 * xs] = 2.f * dif2 + (dif1 - 5.f * m[5 * s]);
+  x[4 * xs] = m[0] + sum1 + sum2;
+  x[5 * xs] = m[5 * s];
+}
 PYFUSED_INLINE void times_g(const V* w, int s, V* u, int us) {
   V outer = (-1.f / 6) * (w[0] + w[2 * s]), inner = (1.f / 6) * w[s];
   V outer2 = (1.f / 24) * w[0] + (1.f / 6) * w[2 * s], inner2 = (1.f / 12) * w[s];
@@ -103,6 +112,13 @@ PYFUSED_INLINE void transform_patch(V (&g)[16], V (&z)[kPoints]) {  // A g Aᵀ
   for (int j = 0; j < 4; ++j) times_a(g + j, 4, half + j, 4);
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) times_a(half + 4 * i, 1, z + 6 * i, 1);
+}
+PYFUSED_INLINE void transform_products_to_patch(const V (&m)[kPoints], V (&x)[kPoints]) {  // B m Bᵀ
+  V half[kPoints];
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) times_b(m + j, 6, half + j, 6);
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) times_b(half + 6 * i, 1, x + 6 * i, 1);
 }
 PYFUSED_INLINE void transform_filter(const V (&w)[9], V (&u)[kPoints]) {  // G w Gᵀ
   V half[18];
