@@ -16,6 +16,13 @@
     (View grad_input, View grad, View saved, View transformed, int pad_h, int pad_w, int threads))            \
   K(conv2d_winograd_backward_weight,                                                                          \
     (View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h, int pad_w, int threads)) \
+  K(cross_entropy,                                                                                            \
+    (View loss, View lse, View stats, View total, View input, View target, View weight, int reduction,        \
+     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads))               \
+  K(cross_entropy_backward,                                                                                   \
+    (View grad_input, View grad_loss, View grad_lse, View input, View target, View weight, View stats,        \
+     View total, int reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,  \
+     int threads))                                                                                            \
   K(embedding_dot,                                                                                            \
     (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads))
 
