@@ -119,7 +119,7 @@ def take_turn(outcome: Outcome, pipe: Connection, on_step: Callable[[int], objec
                 row, outcome.peak = value
                 outcome.rows.append(row)
                 return
-    except (EOFError, BrokenPipeError) as error:
+    except (EOFError, ConnectionError) as error:
         raise RuntimeError(f"{name}: the training process died") from error
 
 
