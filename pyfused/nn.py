@@ -39,3 +39,30 @@ def _padded(conv: nn.Conv2d, input, weight, bias) -> tuple:
     if conv.padding_mode != "zeros":
         input, padding = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
     return input, weight, bias, conv.stride, padding, conv.dilation, conv.groups
+
+
+class EmbeddingDot(nn.Module):
+    """Scores of users and items: dot product of their embeddings, plus biases; see functional.embedding_dot.
+
+    Args:
+        num_users, num_items: rows of the tables `user` and `item`, two nn.Embedding.
+        embedding_dim: D, their width.
+        bias: add `user_bias` and `item_bias`, nn.Embedding with D = 1.
+        padding_idx: row of both tables (or a pair: one for each) that starts as zeros and gets no gradient.
+        sparse: gradients are coalesced sparse tensors.
+    """
+
+    def __init__(self, num_users, num_items, embedding_dim, *, bias=False, padding_idx=None, sparse=False):
+        super().__init__()
+        padding = padding_idx if isinstance(padding_idx, (tuple, list)) else (padding_idx, padding_idx)
+        for name, rows, padding_row in (("user", num_users, padding[0]), ("item", num_items, padding[1])):
+            setattr(self, name, nn.Embedding(rows, embedding_dim, padding_row, sparse=sparse))
+            if bias:
+                setattr(self, f"{name}_bias", nn.Embedding(rows, 1, padding_row, sparse=sparse))
+
+    def forward(self, user, item):
+        """user [B] and item [B] or [B, K] -> scores of item's shape."""
+        biases = (self.user_bias.weight, self.item_bias.weight) if hasattr(self, "user_bias") else (None, None)
+        tables = (self.user.weight, self.item.weight, *biases)
+        padding = (self.user.padding_idx, self.item.padding_idx)
+        return functional.embedding_dot(user, item, *tables, padding_idx=padding, sparse=self.user.sparse)

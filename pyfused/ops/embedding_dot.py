@@ -1,16 +1,42 @@
-"""Embedding dot product: out[b, k] = ⟨U[user[b]], V[item[b, k]]⟩ + bu[user[b]] + bv[item[b, k]]."""
+"""Embedding dot product: out[b, k] = ⟨U[user[b]], V[item[b, k]]⟩ + bu[user[b]] + bv[item[b, k]].
+
+The score of matrix factorisation and of two-tower recommenders (Koren, Bell and Volinsky, 2009). The gathered rows are
+never stored. Gradients, with g = ∂L/∂out:
+
+    ∂L/∂U[n] = ∑_{(b, k): user[b] = n} g[b, k] · V[item[b, k]]       ∂L/∂bu[n] = ∑_{(b, k): user[b] = n} g[b, k]
+
+and the same for V and bv with the roles exchanged, so one backward op, called per table, serves both sides.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from .._library import define
+from .._library import define, differentiable_grads, needs_grad, reject
 
 
-def reference(user, item, user_weight, item_weight, user_bias=None, item_bias=None):
-    """The op in eager PyTorch."""
-    return (F.embedding(user, user_weight) * F.embedding(item, item_weight)).sum(-1)
+def reference(user, item, user_weight, item_weight, user_bias=None, item_bias=None, *, padding_idx=None, sparse=False):
+    """The op in eager PyTorch: the specification."""
+    user_padding, item_padding = _pair(padding_idx)
+    per_user = item.dim() == user.dim() + 1
+
+    def biases(ids, bias, padding):
+        if bias.dim() == 1:  # F.embedding wants two dimensions, and has no sparse gradient for a view
+            return F.embedding(ids, bias.unsqueeze(-1), padding).squeeze(-1)
+        return F.embedding(ids, bias, padding, sparse=sparse).squeeze(-1)
+
+    rows = F.embedding(user, user_weight, user_padding, sparse=sparse)
+    rows = rows.unsqueeze(-2) if per_user else rows
+    out = (rows * F.embedding(item, item_weight, item_padding, sparse=sparse)).sum(-1)
+    if user_bias is not None:
+        bias = biases(user, user_bias, user_padding)
+        out = out + (bias.unsqueeze(-1) if per_user else bias)
+    if item_bias is not None:
+        out = out + biases(item, item_bias, item_padding)
+    return out
 
 
 def alloc(user, item, user_weight, item_weight, user_bias, item_bias):
@@ -25,5 +51,176 @@ _forward = define(
 )
 
 
-def embedding_dot(user, item, user_weight, item_weight, user_bias=None, item_bias=None, *, padding_idx=None, sparse=False):
-    return _forward(user, item, user_weight, item_weight, user_bias, item_bias)
+def alloc_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse):
+    n = min(ids.numel(), rows) if sparse else rows
+    weight_grad = other_weight.new_empty((n if weight else 0, other_weight.shape[1]))
+    bias_grad = other_weight.new_empty(n if bias else 0)
+    return weight_grad, bias_grad, *(ids.new_empty(s, dtype=torch.int64) for s in (n if sparse else 0, ()))
+
+
+def reference_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse):
+    """Gradients of the table that `ids` index and of its bias, where `other_ids` index `other_weight`.
+
+    Args:
+        grad: gradient of the output. Its shape is that of `ids` or of `other_ids`, whichever has more dimensions.
+        rows: number of rows of the table. padding: its row that gets no gradient; -1: none.
+        weight, bias: which of the two gradients to compute; the other comes out with no rows.
+        sparse: give only the rows that occur in `ids`, padding left out.
+
+    Returns:
+        weight gradient [rows, D], bias gradient [rows], occurring, count. If sparse, the gradients and `occurring` (int64)
+        have n = min(ids.numel(), rows) rows, of which the first `count` (int64 scalar) are the gradients of the table's
+        rows occurring[:count], which increase; the rest is undefined. If not sparse, these two are empty and undefined.
+    """
+    outputs = alloc_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse)
+    weight_grad, bias_grad, occurring, count = outputs
+
+    def scatter(out, terms):
+        terms = terms.sum(-2) if grad.dim() > ids.dim() else terms
+        found = torch.ops.aten.embedding_backward(terms, ids.long(), rows, padding, False, sparse)
+        if sparse:
+            found = found.coalesce()
+            n = found.indices().shape[1]
+            count.fill_(n)
+            occurring[:n] = found.indices()[0]
+            out, found = out[:n], found.values()
+        out.copy_(found)
+
+    if weight:
+        other = F.embedding(other_ids, other_weight)
+        scatter(weight_grad, grad.unsqueeze(-1) * (other.unsqueeze(-2) if grad.dim() > other_ids.dim() else other))
+    if bias:
+        scatter(bias_grad.unsqueeze(-1), grad.unsqueeze(-1))
+    return outputs
+
+
+_backward = define(
+    "embedding_dot_backward(Tensor grad, Tensor ids, Tensor other_ids, Tensor other_weight, SymInt rows, SymInt padding,"
+    " bool weight, bool bias, bool sparse) -> (Tensor, Tensor, Tensor, Tensor)",
+    alloc_backward,
+    reference_backward,
+)
+
+
+class _EmbeddingDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, user, item, user_weight, item_weight, user_bias, item_bias, padding, sparse):
+        ctx.save_for_backward(user, item, user_weight, item_weight, user_bias, item_bias)
+        ctx.padding, ctx.sparse = padding, sparse
+        return _forward(user, item, user_weight, item_weight, user_bias, item_bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        user, item, user_weight, item_weight, user_bias, item_bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:6]
+        if torch.is_grad_enabled():
+
+            def eager(*tables):
+                return reference(user, item, *tables, padding_idx=ctx.padding, sparse=ctx.sparse)
+
+            tables = (user_weight, item_weight, user_bias, item_bias)
+            return None, None, *differentiable_grads(eager, tables, needs, grad), None, None
+        sides = (
+            (user, item, item_weight, user_weight, user_bias, ctx.padding[0], needs[0], needs[2]),
+            (item, user, user_weight, item_weight, item_bias, ctx.padding[1], needs[1], needs[3]),
+        )
+        (user_weight, user_bias), (item_weight, item_bias) = (_table_grads(grad, *side, ctx.sparse) for side in sides)
+        return None, None, user_weight, item_weight, user_bias, item_bias, None, None
+
+
+def _table_grads(grad, ids, other_ids, other_weight, table, table_bias, padding, weight, bias, sparse):
+    """Gradients of one table and of its bias, each None if not wanted, in the form that autograd expects."""
+    if not weight and not bias:
+        return None, None
+    rows = table.shape[0]
+    padding = -1 if padding is None else padding
+    weight_grad, bias_grad, occurring, count = _backward(
+        grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse
+    )
+
+    def form(values, like):
+        values = values.view(values.shape[0], *like.shape[1:])
+        if not sparse:
+            return values
+        n = count.item()
+        indices = occurring[:n].unsqueeze(0)
+        return torch.sparse_coo_tensor(indices, values[:n], like.shape, check_invariants=False, is_coalesced=True)
+
+    return form(weight_grad, table) if weight else None, form(bias_grad, table_bias) if bias else None
+
+
+def _pair(padding_idx):
+    return tuple(padding_idx) if isinstance(padding_idx, Sequence) else (padding_idx, padding_idx)
+
+
+def _problem(user, item, user_weight, item_weight, user_bias, item_bias, padding) -> str | None:
+    """What is wrong with the arguments, in words; None if nothing is."""
+    for name, ids in (("user", user), ("item", item)):
+        if ids.dtype not in (torch.int64, torch.int32):
+            return f"{name} must be int64 or int32, got {ids.dtype}"
+    if item.shape != user.shape and item.shape[:-1] != user.shape:
+        return f"item must have the shape of user or one dimension more, got {tuple(item.shape)} and {tuple(user.shape)}"
+    tables = (("user", user_weight, user_bias, padding[0]), ("item", item_weight, item_bias, padding[1]))
+    for name, weight, bias, row in tables:
+        if weight.dim() != 2:
+            return f"{name}_weight must be [rows, D], got {tuple(weight.shape)}"
+        if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            return f"{name}_weight must be float32, float64, bfloat16 or float16, got {weight.dtype}"
+        if bias is not None and bias.shape not in (weight.shape[:1], (weight.shape[0], 1)):
+            return f"{name}_bias must be [{weight.shape[0]}] or [{weight.shape[0]}, 1], got {tuple(bias.shape)}"
+        if row is not None and not -weight.shape[0] <= row < weight.shape[0]:
+            return f"padding_idx {row} is not a row of {name}_weight, which has {weight.shape[0]}"
+        for x in (weight, bias):
+            if x is not None and x.dtype != user_weight.dtype:
+                return f"the tables must have one dtype, got {user_weight.dtype} and {x.dtype} ({name})"
+    if user_weight.shape[1] != item_weight.shape[1]:
+        return f"user_weight has D = {user_weight.shape[1]}, but item_weight has D = {item_weight.shape[1]}"
+    return None
+
+
+def embedding_dot(
+    user: torch.Tensor,
+    item: torch.Tensor,
+    user_weight: torch.Tensor,
+    item_weight: torch.Tensor,
+    user_bias: torch.Tensor | None = None,
+    item_bias: torch.Tensor | None = None,
+    *,
+    padding_idx: int | tuple[int | None, int | None] | None = None,
+    sparse: bool = False,
+) -> torch.Tensor:
+    """Dot products of rows of two embedding tables, plus biases, without storing the gathered rows.
+
+    Stands for `(F.embedding(user, user_weight) * F.embedding(item, item_weight)).sum(-1)` and the same with K items per
+    user. Sums, of gradients of repeated ids too, are made in float32 (float64 tables: float64) in a fixed order.
+
+    Args:
+        user: ids, int64 or int32, of any shape S.
+        item: ids, int64 or int32, of shape S, or S + (K,) to score K items for every user.
+        user_weight: [num_users, D]; float32, float64, bfloat16 or float16.
+        item_weight: [num_items, D], of the same dtype.
+        user_bias: [num_users] or [num_users, 1], of the same dtype, or None.
+        item_bias: [num_items] or [num_items, 1], of the same dtype, or None.
+        padding_idx: row of both tables (or a pair: one for each) that gets no gradient, as in F.embedding; may be negative.
+        sparse: gradients of weights and biases are coalesced sparse COO tensors that hold the rows that occur. Within
+            torch.compile, which cannot trace sparse tensors, this runs in eager PyTorch.
+
+    Returns:
+        Scores of item's shape and the tables' dtype.
+
+    Raises:
+        IndexError: an id is not a row of its table (negative ids are not).
+        What eager PyTorch raises for other bad arguments, ValueError where it would go on: tables of several dtypes, a
+        bias or ids that fit only by broadcasting.
+    """
+    padding = _pair(padding_idx)
+    given = (user, item, user_weight, item_weight, user_bias, item_bias)
+    if problem := _problem(*given, padding):
+        reject("embedding_dot", problem, reference, *given, padding_idx=padding_idx, sparse=sparse)
+    if not needs_grad(*given[2:]):
+        return _forward(*given)
+    if sparse and torch.compiler.is_compiling():
+        return reference(*given, padding_idx=padding_idx, sparse=True)
+    tables = (user_weight, item_weight)
+    padding = tuple(row if row is None or row >= 0 else row + w.shape[0] for row, w in zip(padding, tables))
+    return _EmbeddingDot.apply(*given, padding, sparse)
