@@ -49,7 +49,7 @@ class MnistStep(Case):
     """The CNN of the demo on random pixels: a training step with Adam, or the scores of a batch."""
 
     op: ClassVar[str] = "mnist_cnn"
-    gradient_tolerance: ClassVar[float] = 1e-2
+    gradient_tolerance: ClassVar[float] = 5e-2
     batch: int
 
     @property
