@@ -111,7 +111,7 @@ def check_agreement(results: dict[str, Sequence[Tensor]], gradient_tolerance: fl
     """Raise `Disagreement` unless every contender's tensors equal those of the first, within `TOLERANCE`.
 
     ``gradient_tolerance`` is the least tolerance for all but the first tensor: where a function has kinks (ReLU,
-    maximum), rounding decides the branch of an element now and then: among 20,000 outputs one such moves 4% of the norm.
+    maximum), rounding decides the branch of an element now and then: of 20,000 outputs one moves 4% of the norm.
     """
     (first, expected), *others = results.items()
     for name, actual in others:
