@@ -1,0 +1,129 @@
+// What the direct convolution and the pooling passes share: (N, C, H, W) tensors in either layout, read and written as
+// vectors over channels, and vectors of one-byte pooling codes.
+#pragma once
+#include <type_traits>
+#include <utility>
+
+#include "cpu/simd.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+
+// A code is the place of a maximum in its pooling window; kDead: the maximum is 0, nothing flows back (ops page: DEAD).
+constexpr int kDead = 255;
+
+PYFUSED_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Which of the two dense layouts a 4-d tensor has; where both fit (C = 1, H = W = 1, no element), either reading is right.
+PYFUSED_INLINE bool is_nchw(const View& v) { return v.ndim == 4 && (v.contiguous() || v.numel() == 0); }
+PYFUSED_INLINE bool is_nhwc(const View& v) {
+  if (v.ndim != 4) return false;
+  if (v.numel() == 0) return true;
+  int64_t expected = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (v.shape[d] != 1 && v.strides[d] != expected) return false;
+    expected *= v.shape[d];
+  }
+  return true;
+}
+PYFUSED_INLINE bool same_shape(const View& a, const View& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i)
+    if (a.shape[i] != b.shape[i]) return false;
+  return true;
+}
+
+// --- Codes as numbers of the compute type: 0..255 are exact, and comparisons then give masks of the right width.
+template <class C>
+struct BytesOf {
+  typedef uint8_t type __attribute__((vector_size(lanes<C>)));
+};
+template <class C>
+PYFUSED_INLINE Vec<C> load_bytes(const uint8_t* p, int64_t n = lanes<C>) {
+  typename BytesOf<C>::type bytes{};
+  if (n == lanes<C>)
+    std::memcpy(&bytes, p, sizeof bytes);
+  else
+    std::memcpy(&bytes, p, n);
+  return __builtin_convertvector(bytes, Vec<C>);
+}
+template <class C>
+PYFUSED_INLINE void store_bytes(uint8_t* p, Vec<C> v, int64_t n = lanes<C>) {
+  auto bytes = __builtin_convertvector(v, typename BytesOf<C>::type);
+  if (n == lanes<C>)
+    std::memcpy(p, &bytes, sizeof bytes);
+  else
+    std::memcpy(p, &bytes, n);
+}
+
+// --- load/store of the first n lanes, for any storage type, codes included
+template <class C, class T>
+PYFUSED_INLINE Vec<C> read(const T* p, int64_t n) {
+  if constexpr (std::is_same_v<T, uint8_t>)
+    return load_bytes<C>(p, n);
+  else
+    return n == lanes<C> ? load(p) : load_first(p, n);
+}
+template <class C, class T>
+PYFUSED_INLINE void write(T* p, Vec<C> v, int64_t n) {
+  if constexpr (std::is_same_v<T, uint8_t>)
+    store_bytes<C>(p, v, n);
+  else
+    n == lanes<C> ? store(p, v) : store_first(p, v, n);
+}
+
+// ReLU that keeps NaN, as PyTorch's does.
+template <class C>
+PYFUSED_INLINE Vec<C> relu(Vec<C> v) {
+  return v <= Vec<C>{} ? Vec<C>{} : v;
+}
+
+// --- Transposition of a square of vectors, in log2(lanes) rounds: round `half` exchanges the off-diagonal half-blocks.
+template <class C, int half, int... lane>
+PYFUSED_INLINE void exchange(Vec<C>& a, Vec<C>& b, std::integer_sequence<int, lane...>) {
+  using Index = decltype(a < b);
+  constexpr int L = lanes<C>;
+  Vec<C> low = __builtin_shuffle(a, b, Index{(lane & half ? L + lane - half : lane)...});
+  b = __builtin_shuffle(a, b, Index{(lane & half ? L + lane : lane + half)...});
+  a = low;
+}
+template <class C, int half = lanes<C> / 2>
+PYFUSED_INLINE void transpose(Vec<C> (&rows)[lanes<C>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<C>; ++i)
+    if (!(i & half)) exchange<C, half>(rows[i], rows[i + half], std::make_integer_sequence<int, lanes<C>>{});
+  if constexpr (half > 1) transpose<C, half / 2>(rows);
+}
+
+// Channels [0, channels) of `count` consecutive positions of one NCHW image, as rows of vectors over channels:
+// strip[position][`pitch`]. `planes` points at the first channel's first position. Channels past the last one: 0.
+// Both strips have room for whole squares: `count` rounded up to lanes, `pitch` at least `channels` rounded up.
+template <class C, class T>
+PYFUSED_INLINE void planes_to_strip(C* strip, int64_t pitch, const T* planes, int64_t plane, int64_t channels,
+                                    int64_t count) {
+  constexpr int L = lanes<C>;
+  for (int64_t c = 0; c < channels; c += L)
+    for (int64_t p = 0; p < count; p += L) {
+      Vec<C> square[L];
+      for (int i = 0; i < L; ++i)
+        square[i] = c + i < channels ? read<C>(planes + (c + i) * plane + p, min<int64_t>(count - p, L)) : Vec<C>{};
+      transpose<C>(square);
+      for (int i = 0; i < L; ++i) store(strip + (p + i) * pitch + c, square[i]);
+    }
+}
+template <class C, class T>
+PYFUSED_INLINE void strip_to_planes(T* planes, int64_t plane, const C* strip, int64_t pitch, int64_t channels,
+                                    int64_t count) {
+  constexpr int L = lanes<C>;
+  for (int64_t c = 0; c < channels; c += L)
+    for (int64_t p = 0; p < count; p += L) {
+      Vec<C> square[L];
+      for (int i = 0; i < L; ++i) square[i] = load(strip + (p + i) * pitch + c);
+      transpose<C>(square);
+      for (int i = 0; i < min<int64_t>(channels - c, L); ++i)
+        write<C>(planes + (c + i) * plane + p, square[i], min<int64_t>(count - p, L));
+    }
+}
+
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused
