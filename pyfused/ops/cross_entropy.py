@@ -195,7 +195,7 @@ def _differentiable(ctx, input, target, weight, grad_loss, grad_lse):
 
 
 # --- Arguments
-def _is_native(input, target, weight) -> bool:
+def is_native(input, target, weight) -> bool:
     """Whether the registered op takes these; eager PyTorch judges and runs everything else."""
     if not all(isinstance(x, torch.Tensor) for x in (input, target)) or input.dtype not in DTYPES or input.dim() == 0:
         return False
@@ -210,7 +210,7 @@ def _is_native(input, target, weight) -> bool:
     )
 
 
-def _problem(input, target, weight, ignore_index, reduction, label_smoothing, softcap) -> str | None:
+def problem(input, target, weight, ignore_index, reduction, label_smoothing, softcap) -> str | None:
     classes = input.shape[0] if input.dim() == 1 else input.shape[1]
     rows = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     if reduction not in REDUCTIONS:
@@ -278,27 +278,37 @@ def cross_entropy(
     """
     given = (input, target, weight, ignore_index, reduction, label_smoothing)
     extra = {"z_loss": z_loss, "softcap": softcap, "return_lse": return_lse}
-    if not _is_native(input, target, weight) or (input.dim() == 1 and target.shape == (1,)):
+    if not is_native(input, target, weight) or (input.dim() == 1 and target.shape == (1,)):
         return reference(*given, **extra)
-    problem = _problem(*given, softcap)
-    if problem:
-        reject("cross_entropy", problem, reference, *given, **extra)
+    wrong = problem(*given, softcap)
+    if wrong:
+        reject("cross_entropy", wrong, reference, *given, **extra)
     if inplace and needs_grad(input):
         _check_inplace(input)
-    flat, flat_target = _rows(input, target)
-    smoothing = max(float(label_smoothing), 0.0)  # eager takes a negative one for 0
-    options = (REDUCTIONS.index(reduction), ignore_index, smoothing, float(z_loss), float(softcap or 0))
+    flat, flat_target = as_rows(input, target)
+    options = packed_options(reduction, ignore_index, label_smoothing, z_loss, softcap)
     if needs_grad(input):
         inplace = inplace and not torch.compiler.is_compiling()
         loss, lse = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, *options)
     else:
         loss, lse, _, _ = _forward(flat, flat_target, weight, return_lse, *options)
     shape = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
-    loss = (loss.view(shape) if reduction == "none" else loss).to(_loss_dtype(input, target, weight))
+    loss = (loss.view(shape) if reduction == "none" else loss).to(loss_dtype(input, target, weight))
     return (loss, lse.view(shape)) if return_lse else loss
 
 
-def _rows(input, target):
+def packed_options(reduction, ignore_index, label_smoothing, z_loss, softcap) -> tuple:
+    """The registered ops' last arguments. Eager takes a negative label_smoothing for 0."""
+    return (
+        REDUCTIONS.index(reduction),
+        ignore_index,
+        max(float(label_smoothing), 0.0),
+        float(z_loss),
+        float(softcap or 0),
+    )
+
+
+def as_rows(input, target):
     """Logits as [R, C] or [N, C, P], views where the strides allow it; labels int64; probabilities like the logits."""
     probabilities = target.shape == input.shape
     if input.dim() == 1:
@@ -308,7 +318,7 @@ def _rows(input, target):
     return input, target if probabilities else target.to(torch.int64)
 
 
-def _loss_dtype(input, target, weight) -> torch.dtype:
+def loss_dtype(input, target, weight) -> torch.dtype:
     if torch.is_autocast_enabled(input.device.type):
         return arithmetic_dtype(input)
     dtype = input.dtype

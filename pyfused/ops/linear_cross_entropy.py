@@ -1,0 +1,276 @@
+"""Linear layer + softmax cross-entropy, without the N x V logits.
+
+    logits = input · linear_weightᵀ + linear_bias;   loss = cross_entropy(logits, target, ...)
+
+Rows are taken in chunks: logits of a chunk into a buffer, loss, gradient of the logits over the same buffer, and from
+it the chunk's part of d_input, d_weight and d_bias. For reduction "mean" and "sum" this happens in forward, with upstream
+gradient 1 and before the division by the mean's denominator (which would underflow in fp16); backward scales. For "none",
+whose upstream gradients are known only then, backward computes the logits again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .._library import define, differentiable_grads, needs_grad, reject
+from . import cross_entropy as ce
+from .conv2d_relu import autocast
+
+_NONE, _SUM = ce.REDUCTIONS.index("none"), ce.REDUCTIONS.index("sum")
+
+
+def reference(
+    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+    label_smoothing=0.0, z_loss=0.0, softcap=None,
+):  # fmt: skip
+    """The op in eager PyTorch."""
+    classes, features = linear_weight.shape[:-1], linear_weight.shape[-1]
+    flat_bias = None if linear_bias is None else linear_bias.reshape(-1)
+    logits = F.linear(input, linear_weight.reshape(-1, features), flat_bias).reshape(*input.shape[:-1], *classes)
+    index = -100 if ignore_index is None else ignore_index
+    return ce.reference(logits, target, weight, index, reduction, label_smoothing, z_loss=z_loss, softcap=softcap)
+
+
+# --- The registered ops take input [N, D], linear_weight [V, D], linear_bias [V] or None, targets as cross_entropy's.
+_OPTIONS = "int reduction, SymInt ignore_index, float label_smoothing, float z_loss, float softcap"
+_GIVEN = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
+
+
+def alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
+    """(loss, total, stats, d_input, d_weight, d_bias) in the dtype of the arithmetic; empty where not needed."""
+    wanted = [need and reduction != _NONE for need in needed]
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=ce.arithmetic_dtype(input), device=input.device)
+
+    loss = empty(input.shape[0]) if reduction == _NONE else empty()
+    return loss, empty(), empty(3, input.shape[0]), *_alloc_grads(input, linear_weight, wanted)
+
+
+def _alloc_grads(input, linear_weight, wanted):
+    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
+    dtype = ce.arithmetic_dtype(input)
+    return tuple(input.new_empty(shape if want else (0,), dtype=dtype) for shape, want in zip(shapes, wanted))
+
+
+def _logits(input, linear_weight, linear_bias, out):
+    if linear_bias is None:
+        return torch.mm(input, linear_weight.t(), out=out)
+    return torch.addmm(linear_bias, input, linear_weight.t(), out=out)
+
+
+def _add_grads(d_logits, rows, input, linear_weight, grads, needed):
+    """One chunk's part of the three gradients; `grads` start at 0."""
+    d_input, d_weight, d_bias = grads
+    same = d_weight.dtype == d_logits.dtype
+    if needed[0]:
+        if same:
+            torch.mm(d_logits, linear_weight, out=d_input[rows])
+        else:
+            d_input[rows] = torch.mm(d_logits, linear_weight)
+    if needed[1]:
+        if same:
+            d_weight.addmm_(d_logits.t(), input[rows])
+        else:
+            d_weight += torch.mm(d_logits.t(), input[rows])
+    if needed[2]:
+        d_bias += d_logits.sum(0, dtype=d_bias.dtype)
+
+
+@torch.no_grad()
+def run_forward(chunk, input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
+    """The registered op; `chunk` is a buffer [rows, V] for the logits of as many rows at a time."""
+    loss, total, stats, *grads = alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
+    needed = [bool(g.numel()) for g in grads]
+    one = loss.new_ones(())
+    for g in grads[1:]:
+        g.zero_()
+    sums = []
+    for begin in range(0, input.shape[0], len(chunk)):
+        rows = slice(begin, min(begin + len(chunk), input.shape[0]))
+        logits = _logits(input[rows], linear_weight, linear_bias, chunk[: rows.stop - begin])
+        given = (target[rows], weight)
+        mode = _NONE if reduction == _NONE else _SUM
+        part, _, part_stats, part_total = ce._forward(logits, *given, False, mode, *options)
+        stats[:, rows] = part_stats
+        sums.append(torch.stack([part if mode == _SUM else part_total, part_total]).double())
+        if mode == _NONE:
+            loss[rows] = part
+        if any(needed):
+            ce._backward_(one, None, logits, *given, part_stats, part_total, mode, *options)
+            _add_grads(logits, rows, input, linear_weight, grads, needed)
+    sums = torch.stack(sums).sum(0) if sums else loss.new_zeros(2)
+    total.copy_(sums[1])
+    if reduction != _NONE:
+        loss.copy_(sums[0] if reduction == _SUM else sums[0] / sums[1])
+    return loss, total, stats, *grads
+
+
+@torch.no_grad()
+def run_backward(chunk, grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options):
+    """The registered op for reduction "none": the logits again, chunk by chunk."""
+    grads = _alloc_grads(input, linear_weight, needed)
+    for g in grads[1:]:
+        g.zero_()
+    for begin in range(0, input.shape[0], len(chunk)):
+        rows = slice(begin, min(begin + len(chunk), input.shape[0]))
+        logits = _logits(input[rows], linear_weight, linear_bias, chunk[: rows.stop - begin])
+        given = (target[rows], weight, stats[:, rows].contiguous(), total)
+        ce._backward_(grad_loss[rows].contiguous(), None, logits, *given, _NONE, *options)
+        _add_grads(logits, rows, input, linear_weight, grads, needed)
+    return grads
+
+
+def all_rows(input, linear_weight):
+    """A chunk buffer for everything at once."""
+    return input.new_empty(max(input.shape[0], 1), linear_weight.shape[0])
+
+
+_forward = define(
+    f"linear_cross_entropy({_GIVEN}, bool[3] needed, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    alloc,
+    lambda *args: run_forward(all_rows(*args[:2]), *args),
+)
+_backward = define(
+    f"linear_cross_entropy_backward(Tensor grad_loss, {_GIVEN}, Tensor total, Tensor stats, bool[3] needed,"
+    " SymInt ignore_index, float label_smoothing, float z_loss, float softcap) -> (Tensor, Tensor, Tensor)",
+    lambda grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options: _alloc_grads(
+        input, linear_weight, needed
+    ),
+    lambda *args: run_backward(all_rows(*args[1:3]), *args),
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, weight, *options):
+        given = (input, linear_weight, linear_bias, target, weight)
+        loss, total, *saved = _forward(*given, ctx.needs_input_grad[:3], *options)
+        ctx.save_for_backward(*given, total, *saved)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        *given, total, stats, d_input, d_weight, d_bias = ctx.saved_tensors
+        reduction, *options = ctx.options
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            grads = _differentiable(given, needed, grad_loss, reduction, *options)
+        elif reduction == _NONE:
+            grads = _backward(grad_loss, *given, total, stats, needed, *options)
+        else:
+            mean = reduction != _SUM
+            scale = torch.where(total == 0, 0, grad_loss / total) if mean else grad_loss  # 0: every row ignored
+            grads = [d * scale for d in (d_input, d_weight, d_bias)]
+        grads = [g.to(x.dtype) if need else None for g, x, need in zip(grads, given[:3], needed)]
+        return *grads, *(None,) * 7
+
+
+def _differentiable(given, needed, grad_loss, reduction, ignore_index, label_smoothing, z_loss, softcap):
+    input, linear_weight, linear_bias, target, weight = given
+    index = None if target.is_floating_point() else ignore_index
+    options = {"weight": weight, "reduction": ce.REDUCTIONS[reduction], "ignore_index": index, "z_loss": z_loss}
+
+    def loss(input, linear_weight, linear_bias):
+        options["linear_bias"] = linear_bias
+        out = reference(
+            input, linear_weight, target, label_smoothing=label_smoothing, softcap=softcap or None, **options
+        )
+        return out.to(grad_loss.dtype)
+
+    return differentiable_grads(loss, (input, linear_weight, linear_bias), needed, grad_loss)
+
+
+# --- Arguments
+def _problem(input, linear_weight, target, linear_bias, ignore_index) -> str | None:
+    if input.dim() not in (1, 2):
+        return f"expected input with dimensionality 1 or 2, got {input.dim()}"
+    if linear_weight.dim() < 2:
+        return f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+    if input.shape[-1] != linear_weight.shape[-1]:
+        return (
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    classes = linear_weight.shape[:-1]
+    if linear_bias is not None and linear_bias.shape != classes:
+        return f"expected linear_bias shape {tuple(classes)}, got {tuple(linear_bias.shape)}"
+    if len(classes) > 1 and input.dim() == 1:
+        return (
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input,"
+            f" (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    if ignore_index is not None and target.shape == (*input.shape[:-1], *classes):
+        return "ignore_index cannot be specified when target contains probabilities"
+    return None
+
+
+def _is_native(input, linear_weight, linear_bias) -> bool:
+    """Whether the registered op takes this linear layer."""
+    return (
+        linear_weight.dim() == 2
+        and linear_weight.numel() > 0
+        and all(
+            x is None or (x.dtype == input.dtype and x.device == input.device and x.layout == torch.strided)
+            for x in (linear_weight, linear_bias)
+        )
+    )
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    linear_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of a linear layer's outputs; memory for a chunk of the logits instead of all of them.
+
+    Args: as torch.nn.functional.linear_cross_entropy (torch 2.13), and `z_loss` and `softcap` as in cross_entropy.
+        input: (D) or (N, D); float32, float64, bfloat16 or float16.
+        linear_weight: (V, D), of the input's dtype. (V, d1, ..., D), the K-dimensional loss, runs in eager PyTorch.
+        target: labels, int64 of shape () or (N,); or probabilities of shape (V) or (N, V).
+        linear_bias: (V) or None.
+        weight: class weights (V) or None.
+        ignore_index: a label that does not count; default -100. Not with probabilities.
+
+    Raises:
+        RuntimeError: shapes that do not fit, ignore_index with probabilities.
+        What cross_entropy raises, IndexError for a label out of range among it.
+    """
+    problem = _problem(input, linear_weight, target, linear_bias, ignore_index)
+    if problem:
+        raise RuntimeError(f"pyfused.linear_cross_entropy: {problem}")
+    given = (input, linear_weight, target)
+    options = {
+        **{"linear_bias": linear_bias, "weight": weight, "reduction": reduction, "ignore_index": ignore_index},
+        **{"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap},
+    }
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    if not _is_native(input, linear_weight, linear_bias):
+        return reference(*given, **options)
+    logits = input.new_empty(()).expand(*input.shape[:-1], linear_weight.shape[0])  # for its shape and dtype alone
+    if not ce.is_native(logits, target, weight):
+        return reference(*given, **options)
+    index = -100 if ignore_index is None else ignore_index
+    problem = ce.problem(logits, target, weight, index, reduction, label_smoothing, softcap)
+    if problem:
+        reject("linear_cross_entropy", problem, reference, *given, **options)
+    rows = input.unsqueeze(0) if input.dim() == 1 else input
+    args = (
+        *(rows, linear_weight, linear_bias, ce.as_rows(logits, target)[1], weight),
+        *ce.packed_options(reduction, index, label_smoothing, z_loss, softcap),
+    )
+    if needs_grad(input, linear_weight, linear_bias):
+        loss = _LinearCrossEntropy.apply(*args)
+    else:
+        loss = _forward(*args[:5], [False] * 3, *args[5:])[0]
+    return (loss.view(input.shape[:-1]) if reduction == "none" else loss).to(ce.loss_dtype(logits, target, weight))
