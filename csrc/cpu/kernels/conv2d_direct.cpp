@@ -38,13 +38,17 @@ PYFUSED_INLINE void accumulate(Vec<C> (&acc)[R * Q][NV], const C* x, const C* we
     for (int64_t i = 0; i < s.kh; ++i) {
       const C* row = x + c * s.plane + i * s.pitch;
       for (int64_t j = 0; j < s.kw; ++j, weight += NV * lanes<C>) {
+        const C* element = row + j;
+        // Hides that the next tap reads the same elements one column on: GCC would carry them over in registers that
+        // the accumulators need, and a broadcast from memory is free beside two FMAs.
+        asm("" : "+r"(element));
         Vec<C> w[NV];
         for (int v = 0; v < NV; ++v) w[v] = load(weight + v * lanes<C>);
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 12
           for (int q = 0; q < Q; ++q) {
-            Vec<C> value = splat<C>(row[r * s.stride_h * s.pitch + j + q * SW]);
+            Vec<C> value = splat<C>(element[r * s.stride_h * s.pitch + q * SW]);
             for (int v = 0; v < NV; ++v) acc[r * Q + q][v] += value * w[v];
           }
       }

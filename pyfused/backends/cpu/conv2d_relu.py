@@ -1,6 +1,6 @@
 """conv2d_relu and conv2d_relu_max_pool2d on the CPU: three algorithms, chosen by `algorithm`.
 
-direct      own kernel for few input channels (first layers), whatever the layout: bias, ReLU and 2x2 pooling in registers.
+direct      own kernel for few input channels (first layers), either layout: bias, ReLU and 2x2 pooling in registers.
 winograd    own kernel for 3x3 with stride 1 in channels_last; F(4x4, 3x3), error about 1e-5 of the output's scale.
 aten        PyTorch's convolution (oneDNN) in the layout given, then one pass of ours: ReLU, or ReLU with pooling; in
             backward one pass that masks or unpools the gradient and sums it up to the bias gradient.
@@ -22,8 +22,8 @@ def set_conv_algorithm(name: str) -> None:
     """Which algorithms the CPU convolutions may use.
 
     Args:
-        name: "auto" (the fastest), "direct" (no Winograd: float32 rounding as in PyTorch) or "winograd" (Winograd wherever
-            it can run, also where it is not the fastest).
+        name: "auto" (the fastest), "direct" (no Winograd: float32 rounding as in PyTorch) or "winograd" (Winograd
+            wherever it can run, also where it is not the fastest).
 
     Raises:
         ValueError: another name.
@@ -36,7 +36,7 @@ def set_conv_algorithm(name: str) -> None:
 
 def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     """The algorithm of the forward pass: "direct", "winograd" or "aten"."""
-    c_out, c_in, kh, kw = weight.shape
+    _, c_in, kh, kw = weight.shape
     if groups != 1 or tuple(dilation) != (1, 1):
         return "aten"
     if c_in <= 4 and max(kh, kw) <= 7 and max(stride) <= 2 and input.dtype != torch.float64:
@@ -120,10 +120,10 @@ def _native_backward(grad, input, weight, saved, options, needed):
     stride, padding, _, _ = options
     threads = torch.get_num_threads()
     if algorithm(input, weight, None, *options) == "direct" and needed[1] and not needed[0]:
-        grads = d_input, d_weight, d_bias = op.alloc_grads(input, weight, needed)
+        d_input, d_weight, d_bias = op.alloc_grads(input, weight, needed)
         bias = d_bias if needed[2] else None
         _C.conv2d_direct_backward_weight(d_weight, bias, grad, saved, input, *stride, *padding, threads)
-        return grads
+        return d_input, d_weight, d_bias
     return None
 
 
