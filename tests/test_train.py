@@ -16,6 +16,15 @@ from pyfused.data.idx import FILES
 from pyfused.train import Digits, Movies, train, write_csv
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small for two, and two on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Digits that differ in where they are bright, and users who rate the items of their own half."""
@@ -153,12 +162,11 @@ def test_peak_memory_sees_a_large_block_and_forgets_it():
 
 def test_processes_take_turns_and_report(folder):
     """Two real training processes: rows of every epoch, parameters that follow each other, a peak of their own."""
-    console = Console(file=io.StringIO())
-    jobs = [demo.Job("cnn", contender, folder, 10, 0, 1) for contender in ("eager", "fused")]
-    eager, fused = demo.compete(jobs, 2, console)
-    assert [row["epoch"] for row in eager.rows] == list(range(1, 11))
-    reference, _ = run(Digits(folder), False, epochs=10)
-    assert [row["loss"] for row in eager.rows] == pytest.approx([row["loss"] for row in reference], rel=1e-5)
+    jobs = [demo.Job("cnn", contender, folder, 6, 0, 1) for contender in ("eager, channels_last", "fused")]
+    eager, fused = demo.compete(jobs, 2, Console(file=io.StringIO()))
+    assert [row["epoch"] for row in eager.rows] == [1, 2, 3, 4, 5, 6]
+    reference, _ = run(Digits(folder), False, epochs=6)
+    assert [row["loss"] for row in eager.rows] == pytest.approx([row["loss"] for row in reference], rel=1e-3)
     row = demo.summary(fused, eager)
     assert 0 < row["early_difference"] < 5e-3 and demo.summary(eager, eager)["early_difference"] == 0
     assert row["speed_up"] == eager.epoch_seconds / fused.epoch_seconds
