@@ -1,4 +1,6 @@
-"""`pytest bench`: the harness itself, and pytest-benchmark entries of the quick cases (PYFUSED_BENCH=full: all cases).
+"""`pytest bench`: the harness itself, and pytest-benchmark entries of the quick cases on one thread.
+
+PYFUSED_BENCH=full: all cases, torch.compile too, on all threads.
 
 Nothing here asserts a time.
 """
@@ -20,6 +22,15 @@ from .workloads import Conv, CrossEntropy, EmbeddingDot, LinearCrossEntropy
 
 CPU = torch.device("cpu")
 EVERYTHING = os.environ.get("PYFUSED_BENCH") == "full"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Where nothing is to be measured, threads that spin while other programs hold their cores only cost time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if EVERYTHING else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 def entries():
