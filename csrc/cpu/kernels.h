@@ -31,7 +31,9 @@
   K(conv2d_winograd_backward_weight,                                                                                  \
     (View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h, int pad_w, int threads))         \
   K(embedding_dot,                                                                                                    \
-    (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads))
+    (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads)) \
+  K(embedding_dot_backward, (View weight_grad, View bias_grad, View occurring, View count, View grad, View ids,       \
+                             View other_ids, View other_weight, int64_t rows, int64_t padding, int threads))
 
 namespace pyfused {
 

@@ -68,9 +68,9 @@ def reference_backward(grad, ids, other_ids, other_weight, rows, padding, weight
         sparse: give only the rows that occur in `ids`, padding left out.
 
     Returns:
-        weight gradient [rows, D], bias gradient [rows], occurring, count. If sparse, the gradients and `occurring` (int64)
-        have n = min(ids.numel(), rows) rows, of which the first `count` (int64 scalar) are the gradients of the table's
-        rows occurring[:count], which increase; the rest is undefined. If not sparse, these two are empty and undefined.
+        weight gradient [rows, D], bias gradient [rows], occurring, count. If sparse, the gradients and `occurring`
+        (int64) have n = min(ids.numel(), rows) rows, of which the first `count` (int64 scalar) are the gradients of the
+        table's rows occurring[:count], which increase; the rest is undefined. If not sparse, occurring and count are.
     """
     outputs = alloc_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse)
     weight_grad, bias_grad, occurring, count = outputs
@@ -95,8 +95,8 @@ def reference_backward(grad, ids, other_ids, other_weight, rows, padding, weight
 
 
 _backward = define(
-    "embedding_dot_backward(Tensor grad, Tensor ids, Tensor other_ids, Tensor other_weight, SymInt rows, SymInt padding,"
-    " bool weight, bool bias, bool sparse) -> (Tensor, Tensor, Tensor, Tensor)",
+    "embedding_dot_backward(Tensor grad, Tensor ids, Tensor other_ids, Tensor other_weight, SymInt rows,"
+    " SymInt padding, bool weight, bool bias, bool sparse) -> (Tensor, Tensor, Tensor, Tensor)",
     alloc_backward,
     reference_backward,
 )
@@ -159,7 +159,7 @@ def _problem(user, item, user_weight, item_weight, user_bias, item_bias, padding
         if ids.dtype not in (torch.int64, torch.int32):
             return f"{name} must be int64 or int32, got {ids.dtype}"
     if item.shape != user.shape and item.shape[:-1] != user.shape:
-        return f"item must have the shape of user or one dimension more, got {tuple(item.shape)} and {tuple(user.shape)}"
+        return f"item must have the shape of user, {tuple(user.shape)}, or one dimension more, got {tuple(item.shape)}"
     tables = (("user", user_weight, user_bias, padding[0]), ("item", item_weight, item_bias, padding[1]))
     for name, weight, bias, row in tables:
         if weight.dim() != 2:
@@ -201,7 +201,7 @@ def embedding_dot(
         item_weight: [num_items, D], of the same dtype.
         user_bias: [num_users] or [num_users, 1], of the same dtype, or None.
         item_bias: [num_items] or [num_items, 1], of the same dtype, or None.
-        padding_idx: row of both tables (or a pair: one for each) that gets no gradient, as in F.embedding; may be negative.
+        padding_idx: row of both tables (or a pair: one each) that gets no gradient; may be negative, as in F.embedding.
         sparse: gradients of weights and biases are coalesced sparse COO tensors that hold the rows that occur. Within
             torch.compile, which cannot trace sparse tensors, this runs in eager PyTorch.
 

@@ -2,44 +2,111 @@
 //
 //   out[b, k] = ∑_d user_weight[user[b], d] · item_weight[item[b, k], d] + user_bias[user[b]] + item_bias[item[b, k]]
 //
-// Tiles   one thread takes a contiguous range of b; the user row is read once per b and stays in L1 for its K items.
-// Traffic reads B·(1 + K) rows of D elements once; writes B·K results. The gathered rows are never stored.
+// n = B·K scores of B users with K items each; pairs: K = 1.
+// Tiles   four scores at a time; where they share their user, its row is read once for the four. Rows are prefetched 16
+//         scores ahead: they lie at random places, and a cache miss costs ten times a row's arithmetic.
+// Traffic reads B + n rows of D numbers and 8 (4) bytes per id, writes n results; 2·n·D flops, so the memory's rate of
+//         random reads is the floor. B = 65,536 pairs, D = 64, float32: 35 MB.
 // Saves   nothing: the backward gathers again.
-// Edges   an id outside its table stops the kernel: out_of_range names the first one. D = 0 gives the biases alone.
+// Sums    in float (double for double).
+// Edges   an id outside its table stops the kernel before it writes anything. D = 0 gives the biases alone.
+#include "cpu/kernels/embedding_dot.h"
+
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/simd_math.h"
 
 namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-template <class T>
-PYFUSED_INLINE compute_t<T> dot(const T* a, const T* b, int64_t n) {
+// out[i] = ⟨u[i], v[i]⟩ for four pairs of rows; `one_user`: u[0] is the left row of all four.
+template <bool one_user, class T>
+PYFUSED_INLINE void dot4(const T* const* u, const T* const* v, int64_t dim, compute_t<T>* out) {
   using C = compute_t<T>;
-  Vec<C> sum{};
-  int64_t i = 0;
-  for (; i + lanes<C> <= n; i += lanes<C>) sum += load(a + i) * load(b + i);
-  if (i < n) sum += load_first(a + i, n - i) * load_first(b + i, n - i);
-  return reduce_add(sum);
+  constexpr int64_t W = lanes<C>;
+  Vec<C> sum[4] = {};
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) {
+    Vec<C> left = load(u[0] + d);
+    for (int i = 0; i < 4; ++i) sum[i] += (one_user || i == 0 ? left : load(u[i] + d)) * load(v[i] + d);
+  }
+  if (d < dim && dim >= W) {  // the last W numbers, of which the loop has counted the first ones
+    Mask<C> fresh = lane_numbers<C>() >= static_cast<int>(W - (dim - d));
+    for (int i = 0; i < 4; ++i) {
+      Vec<C> product = load(u[one_user ? 0 : i] + dim - W) * load(v[i] + dim - W);
+      sum[i] += fresh ? product : Vec<C>{};
+    }
+  } else if (d < dim) {
+    for (int i = 0; i < 4; ++i) sum[i] += load_first(u[one_user ? 0 : i], dim) * load_first(v[i], dim);
+  }
+  for (int i = 0; i < 4; ++i) out[i] = reduce_add(sum[i]);
+}
+
+// Scores [begin, end).
+template <class T>
+void score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* user_bias, const T* item_bias,
+           int64_t begin, int64_t end) {
+  int64_t per_user = item.count / user.count, users_ahead = (kAhead + per_user - 1) / per_user;
+  int64_t b = begin / per_user, k = begin % per_user;
+  for (int64_t p = begin; p < end; p += 4) {
+    int count = static_cast<int>(min<int64_t>(4, end - p));
+    int64_t u_id[4], v_id[4], first = b;
+    const T *u[4], *v[4];
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) {
+        if ((k == 0 || p == begin) && b + users_ahead < user.count) users.prefetch(users.row(user[b + users_ahead]));
+        if (p + i + kAhead < item.count) items.prefetch(items.row(item[p + i + kAhead]));
+        u_id[i] = user[b];
+        v_id[i] = item[p + i];
+        if (++k == per_user) k = 0, ++b;
+      } else {  // past the end: the last pair again
+        u_id[i] = u_id[count - 1];
+        v_id[i] = v_id[count - 1];
+      }
+      u[i] = users.row(u_id[i]);
+      v[i] = items.row(v_id[i]);
+    }
+    compute_t<T> dots[4];
+    if (b == first || (b == first + 1 && k == 0))
+      dot4<true>(u, v, users.dim, dots);
+    else
+      dot4<false>(u, v, users.dim, dots);
+    for (int i = 0; i < count; ++i) {
+      if (user_bias) dots[i] += to_compute(user_bias[u_id[i]]);
+      if (item_bias) dots[i] += to_compute(item_bias[v_id[i]]);
+      out[p + i] = from_compute<T>(dots[i]);
+    }
+  }
+}
+
+bool is_bias(View bias, View weight) {
+  return !bias || (bias.dtype == weight.dtype && bias.contiguous() && bias.numel() == weight.shape[0]);
 }
 
 }  // namespace
 
 Status embedding_dot(View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias,
                      int threads) {
-  PYFUSED_REQUIRE(user.dtype == DType::i64 && item.dtype == DType::i64, "user", "ids must be int64");
-  PYFUSED_REQUIRE(user_weight.contiguous() && item_weight.contiguous() && out.contiguous(), "user_weight",
-                  "must be contiguous");
-  return for_dtype(user_weight.dtype, [&](auto tag) {
+  PYFUSED_REQUIRE(user.index() && user.contiguous(), "user", "must be contiguous int32 or int64");
+  PYFUSED_REQUIRE(item.index() && item.contiguous(), "item", "must be contiguous int32 or int64");
+  PYFUSED_REQUIRE(is_table(user_weight), "user_weight", "must be [rows, D] with rows without gaps");
+  PYFUSED_REQUIRE(is_table(item_weight), "item_weight", "must be [rows, D] with rows without gaps");
+  PYFUSED_REQUIRE(user_weight.shape[1] == item_weight.shape[1], "item_weight", "must have the D of user_weight");
+  PYFUSED_REQUIRE(out.contiguous() && out.numel() == item.numel(), "out", "must be contiguous, of item's shape");
+  PYFUSED_REQUIRE(out.dtype == user_weight.dtype && item_weight.dtype == out.dtype, "item_weight",
+                  "must share one dtype");
+  PYFUSED_REQUIRE(is_bias(user_bias, user_weight), "user_bias", "must be contiguous, one number per row, same dtype");
+  PYFUSED_REQUIRE(is_bias(item_bias, item_weight), "item_bias", "must be contiguous, one number per row, same dtype");
+  if (Status s = check_ids("user", Ids(user), user_weight.shape[0], threads); s.code != Status::ok) return s;
+  if (Status s = check_ids("item", Ids(item), item_weight.shape[0], threads); s.code != Status::ok) return s;
+  int64_t scores = item.numel();
+  if (scores == 0) return {};
+  PYFUSED_REQUIRE(user.numel() > 0 && scores % user.numel() == 0, "item", "must hold K ids for every user");
+  return for_dtype(out.dtype, [&](auto tag) {
     using T = decltype(tag);
-    int64_t batch = user.numel(), per = batch ? item.numel() / batch : 0, dim = user_weight.shape[1];
-    parallel_for(batch, 64, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t b = begin; b < end; ++b)
-        for (int64_t k = 0; k < per; ++k)
-          out.as<T>()[b * per + k] =
-              from_compute<T>(dot(user_weight.as<T>() + user.as<int64_t>()[b] * dim,
-                                  item_weight.as<T>() + item.as<int64_t>()[b * per + k] * dim, dim));
+    parallel_for(scores, 256, threads, [&](int64_t begin, int64_t end, int) {
+      score(out.as<T>(), Ids(user), Ids(item), Table<T>(user_weight), Table<T>(item_weight), user_bias.as<T>(),
+            item_bias.as<T>(), begin, end);
     });
     return Status{};
   });

@@ -1,0 +1,61 @@
+// What the forward and the backward of embedding_dot share: ids of two widths, rows of a table, the check of the ids.
+#pragma once
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+namespace {
+
+constexpr int64_t kAhead = 16;        // terms between the prefetch of a row and its use
+constexpr int64_t kAheadBytes = 512;  // prefetched of a row; the hardware sees the pattern in what follows
+
+// int32 or int64 ids. The branch in [] always goes the same way; it costs less than two more template parameters.
+struct Ids {
+  const void* data;
+  bool wide;
+  int64_t count;
+  explicit Ids(View v) : data(v.data), wide(v.dtype == DType::i64), count(v.numel()) {}
+  PYFUSED_INLINE int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+template <class T>
+struct Table {
+  const T* data;
+  int64_t stride, dim;
+  explicit Table(View v) : data(v.as<T>()), stride(v.strides[0]), dim(v.shape[1]) {}
+  PYFUSED_INLINE const T* row(int64_t id) const { return data + id * stride; }
+  PYFUSED_INLINE void prefetch(const T* row) const {
+    int64_t bytes = min<int64_t>(dim * sizeof(T), kAheadBytes);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+  }
+};
+
+PYFUSED_INLINE bool is_table(View v) { return v.ndim == 2 && (v.strides[1] == 1 || v.shape[1] <= 1); }
+
+// The position of the first id that is not in [0, rows); ids.count if there is none.
+PYFUSED_INLINE int64_t first_outside(Ids ids, int64_t rows, int threads) {
+  int64_t first = ids.count;
+  parallel_for(ids.count, 1 << 14, threads, [&](int64_t begin, int64_t end, int) {
+    uint64_t bad = 0;
+    for (int64_t i = begin; i < end; ++i) bad |= static_cast<uint64_t>(ids[i]) >= static_cast<uint64_t>(rows);
+    if (!bad) return;
+    while (static_cast<uint64_t>(ids[begin]) < static_cast<uint64_t>(rows)) ++begin;
+#ifdef _OPENMP
+#pragma omp critical(pyfused_first_outside)
+#endif
+    first = min(first, begin);
+  });
+  return first;
+}
+
+PYFUSED_INLINE Status check_ids(const char* argument, Ids ids, int64_t rows, int threads) {
+  int64_t at = first_outside(ids, rows, threads);
+  return at == ids.count ? Status{} : out_of_range(argument, at, ids[at], rows);
+}
+
+}  // namespace
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused
