@@ -73,6 +73,12 @@ def embedding_dot(user, item, user_weight, item_weight):
     return ((rows if item.dim() == 1 else rows.unsqueeze(1)) * F.embedding(item, item_weight)).sum(-1)
 
 
+def in_batch_cross_entropy(user, item, user_weight, item_weight):
+    scores = F.embedding(user, user_weight) @ F.embedding(item, item_weight).T
+    own = torch.eye(len(item), dtype=torch.bool)
+    return F.cross_entropy(scores.masked_fill((item[:, None] == item) & ~own, -torch.inf), torch.arange(len(item)))
+
+
 def tables(*item_shape: int) -> Callable:
     return lambda g: (integers(g, 30, 17), integers(g, 50, *item_shape), normal(g, 30, 37), normal(g, 50, 37))
 
@@ -94,6 +100,7 @@ CHECKS = [
           lambda g: (normal(g, 21, 40), normal(g, 300, 40) / 4, integers(g, 300, 21)), {}),
     Check("embedding_dot", embedding_dot, tables(17), {}),
     Check("embedding_dot", embedding_dot, tables(17, 9), {}),
+    Check("in_batch_cross_entropy", in_batch_cross_entropy, tables(17), {}),
 ]  # fmt: skip
 
 

@@ -164,8 +164,9 @@ def peak_memory() -> int:
 
 
 def summary(outcome: Outcome, eager: Outcome) -> dict:
-    """One row of the table; `eager` is the run to compare with."""
+    """One row of the table; `eager` is the run to compare with. early_difference is None if training was too short."""
     job, last = outcome.job, outcome.rows[-1]
+    differences = [(value - eager.early[key]).abs().max().item() for key, value in outcome.early.items()]
     return {
         "task": job.task,
         "contender": job.contender,
@@ -173,7 +174,7 @@ def summary(outcome: Outcome, eager: Outcome) -> dict:
         "seconds_per_epoch": outcome.epoch_seconds,
         "speed_up": eager.epoch_seconds / outcome.epoch_seconds,
         "peak_mib": outcome.peak / 2**20,
-        "early_difference": max((value - eager.early[key]).abs().max().item() for key, value in outcome.early.items()),
+        "early_difference": max(differences, default=None),
         "epochs": job.epochs,
         "seed": job.seed,
         "threads": job.threads,
@@ -206,7 +207,7 @@ def table(results: Results):
                 f"{row['seconds_per_epoch']:.2f}",
                 f"{row['speed_up']:.2f}x",
                 f"{row['peak_mib']:.0f}",
-                f"{row['early_difference']:.1e}" if outcome is not outcomes[0] else "",
+                f"{row['early_difference']:.1e}" if row["early_difference"] else "",  # eager's own is 0
             )
         if isinstance(task, Movies):
             result.add_row("", "popularity", "", *(f"{value:.4f}" for value in task.popularity().values()))

@@ -152,7 +152,6 @@ def test_demo(folder, tmp_path, monkeypatch):  # noqa: F811
     timed = []
     monkeypatch.setattr("pyfused.demo.time_kernels", lambda out, threads, console: timed.append(out))
     monkeypatch.delitem(TASKS, "cnn")  # each process costs seconds; test_train.py has the convolutional network's
-    monkeypatch.setattr(TASKS["recommender"], "batch_size", 64)
     text = invoke("demo", "--data", folder, "--out", tmp_path, "--epochs", 4, "--threads", 1)
     assert timed == [tmp_path]
     for word in ("MovieLens recommender", "popularity", "eager", "fused"):
@@ -160,4 +159,5 @@ def test_demo(folder, tmp_path, monkeypatch):  # noqa: F811
     with (tmp_path / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["task"], row["contender"]) for row in rows] == [("recommender", "eager"), ("recommender", "fused")]
+    assert rows[1]["early_difference"] == ""  # 4 steps are fewer than 10
     assert {path.name for path in tmp_path.iterdir()} == {"recommender.csv", "summary.csv", "curves.png"}
