@@ -1,5 +1,7 @@
 """Drop-in modules: same constructors, parameters and state_dict as the torch.nn modules they replace."""
 
+import math
+
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -31,6 +33,58 @@ class Conv2dReLUMaxPool2d(nn.Conv2d):
 
     def extra_repr(self):
         return f"{super().extra_repr()}, pool_size={self.pool_size}, pool_stride={self.pool_stride}"
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """Arguments and state_dict as torch.nn.CrossEntropyLoss, and `z_loss` and `softcap` of functional.cross_entropy."""
+
+    def __init__(self, *args, z_loss=0.0, softcap=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.z_loss, self.softcap = z_loss, softcap
+
+    def forward(self, input, target):
+        options = (self.weight, self.ignore_index, self.reduction, self.label_smoothing)
+        return functional.cross_entropy(input, target, *options, z_loss=self.z_loss, softcap=self.softcap)
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """cross_entropy(linear(input), target) without storing the logits; see functional.linear_cross_entropy.
+
+    Arguments and state_dict as torch.nn.LinearCrossEntropyLoss (torch 2.13) without `options`, and
+        z_loss, softcap: of functional.linear_cross_entropy.
+
+    Raises:
+        RuntimeError: `weight` is not (num_classes,), or `label_smoothing` is not in [0, 1].
+    """
+
+    def __init__(
+        self, in_features, num_classes, *, out_features=(), bias=False, device=None, dtype=None, reduction="mean",
+        weight=None, ignore_index=None, label_smoothing=0.0, z_loss=0.0, softcap=None,
+    ):  # fmt: skip
+        super().__init__()
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        self.register_buffer("weight", weight)
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self.z_loss, self.softcap = z_loss, softcap
+        # Flat, as in torch: nn.Linear has no further dimensions.
+        self.linear = nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
+
+    def forward(self, input, target):
+        classes = (self.num_classes, *self.out_features)
+        bias = None if self.linear.bias is None else self.linear.bias.reshape(classes)
+        return functional.linear_cross_entropy(
+            input, self.linear.weight.reshape(*classes, -1), target, linear_bias=bias, weight=self.weight,
+            reduction=self.reduction, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss, softcap=self.softcap,
+        )  # fmt: skip
+
+    def extra_repr(self):
+        names = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 def _padded(conv: nn.Conv2d, input, weight, bias) -> tuple:
