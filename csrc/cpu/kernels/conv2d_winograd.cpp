@@ -3,22 +3,19 @@
 //   out = relu(input ⋆ weight + bias),  each 4x4 tile  Y = Aᵀ [ ∑_c (G g_oc Gᵀ) ⊙ (Bᵀ d_c B) ] A   (conv2d_winograd.h)
 //
 // Layout  input, out, gradients: torch channels_last (NHWC memory). The weight is transformed first, once per weight:
-//         U[36][⌈O/16⌉][C][16], so U has 36 · C · round_up(O, 16) floats on every instruction set.
-// Tiles   a thread takes blocks of T tiles: patches to V[36][T][C]; then for 64 output channels at a time 36 products
-//         V[k] · U[k] to M[36][T][64] and back to pixels. T is the largest for which V stays within the L2 cache.
-// Flops   2.25 multiply-adds per output, input channel and output channel instead of 9, plus the transforms (about 5%
-// at
-//         64 channels). An incomplete tile at an edge costs as much as a whole one.
-// Traffic reads input 2.25 times (mostly from cache) and U once per block, writes out once. Saves nothing but `out`,
-// which
-//         is the ReLU's mask, or the pool's code: one byte per pooled value, 0..3 = row * 2 + column of the maximum in
-//         its window (the first of equals; the last NaN), 255 = not positive, so no gradient.
-// Error   at most 2e-6 · √C · max|input| · max|weight| · 3 in practice (5-10 times a direct sum's);
-// test_conv2d_winograd.py
-//         holds it there. Every sum has one order: bits depend on neither threads nor batch. An inf or NaN in the input
-//         makes NaN in its whole tile, not only in the pixels that see it.
-// Edges   padding 0..2; any N, H, W, C, O (channels past a whole vector are copied through a buffer); the odd last row
-//         and column that no pool window covers are not computed.
+//         U[36][⌈O/16⌉][C][16], so U has 36 · C · round_up(O, 16) floats, the same on every instruction set.
+// Tiles   a thread takes blocks of T tiles: patches to V[36][T][C]; then, for 64 output channels at a time, 36 products
+//         V[k] · U[k] to M[36][T][64] and back to pixels. T is such that V takes half of an L2 cache or less.
+// Flops   2.25 multiply-adds per output, input channel and output channel instead of 9; the transforms take 15 to 30%
+//         of the time at 64 channels. An incomplete tile costs as much as a whole one.
+// Traffic reads input 2.25 times (mostly from cache) and U once per block, writes out once.
+// Saves   nothing but out, which is the ReLU's mask; or, pooled, a code of one byte per value: 0..3 = row * 2 + column of
+//         the maximum in its window (the first of equals; the last NaN), 255 = not positive, so no gradient.
+// Error   for random data about 3e-5 · √(1 + C/64) of the root mean square of input ⋆ weight at most, 5 times a direct
+//         sum's; the gradients' 3e-5. test_conv2d_winograd.py holds them to twice that. Bits depend on neither
+//         threads nor batch. An inf or NaN in the input makes its whole tile NaN, not only the pixels that see it.
+// Edges   padding 0..2; any N, H, W, C, O (channels past a whole vector go through a buffer); no work for the odd last
+//         row and column, which no window of the pool covers.
 #include "cpu/kernels/conv2d_winograd.h"
 
 #include "cpu/scratch.h"
@@ -28,7 +25,7 @@ namespace PYFUSED_ISA {
 namespace {
 
 constexpr int kGroup = 64;  // output channels between two transforms: M of one group stays in the cache
-constexpr int64_t kBlockBytes = 512 << 10;
+constexpr int64_t kBlockBytes = 128 << 10;
 
 // --- Sinks: what happens to the 36 sums of products of a tile, `count` channels from o.
 struct Dense {
@@ -79,7 +76,7 @@ struct Pooled {
         where = better ? VecI32{} + at : where;
       }
       V zero{};
-      Bytes bytes = __builtin_convertvector(best <= zero ? VecI32{} + 255 : where, Bytes);
+      Bytes bytes = __builtin_convertvector(best <= zero ? VecI32{} + kDead : where, Bytes);
       best = zero > best ? zero : best;
       int64_t p = ((tile.n * height + h) * width + w) * channels + o;
       count >= lanes<float> ? store(out + p, best) : store_first(out + p, best, count);
@@ -88,8 +85,8 @@ struct Pooled {
   }
 };
 
-struct
-    Overlapping {  // the data gradient: 6x6 patches, two rows or columns of which are a neighbour's too, are added up
+// The data gradient: 6x6 patches, two rows and columns of which are a neighbour's too, are added up.
+struct Overlapping {
   float* out;
   int pad_h, pad_w;
   int64_t height, width, channels;
@@ -117,7 +114,7 @@ struct
 PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles, const float* u, int64_t depth,
                                    int panels, float* m) {
   constexpr int per_panel = kPanel / lanes<float>;
-  int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next 1 vector of channels
+  int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next vector of channels
   for (int j = 0; j < panels * per_panel; j += kVectors) {
     const float* b = u + j / per_panel * depth * kPanel + j % per_panel * lanes<float>;
     with_constant<kVectors>(min(kVectors, panels * per_panel - j), [&](auto vectors) {
@@ -139,7 +136,7 @@ PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles,
 template <int P, class Source, class Sink>
 void convolve(const Source& source, const Sink& sink, const Grid& grid, const float* u, int pad_h, int pad_w,
               int64_t unit, int threads) {
-  int64_t depth = source.channels, channels = sink.channels, all_panels = (channels + kPanel - 1) / kPanel;
+  int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
   int64_t v_row = round_up(depth, lanes<float>);
   int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints * 4 * v_row) / kRows * kRows);
   most = min(most, round_up(grid.count, kRows));
@@ -148,8 +145,8 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const fl
   int64_t grain = max<int64_t>(1, kRows / unit);
   parallel_for(grid.count / unit, grain, threads, [&](int64_t begin, int64_t end, int thread) {
     float *v = memory + thread * kPoints * (v_point + m_point), *m = v + kPoints * v_point;
-    int64_t blocks = ((end - begin) * unit + most - 1) / most;
-    int64_t block = min(most, round_up(((end - begin) * unit + blocks - 1) / blocks, kRows));
+    int64_t blocks = ceil_div((end - begin) * unit, most);
+    int64_t block = min(most, round_up(ceil_div((end - begin) * unit, blocks), kRows));
     for (int64_t first = begin * unit; first < end * unit; first += block) {
       int64_t count = min(block, end * unit - first);
       for (int64_t t = 0; t < count; ++t) sink.begin(Tile(grid, first + t));
@@ -174,7 +171,7 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const fl
   });
 }
 
-// What forward and backward ask of their arguments alike; the result [N, O, OH, OW] is that before a pool.
+// What forward and backward ask of their arguments alike.
 Status check(const View& input, const View& transformed, int64_t outputs, int pad_h, int pad_w) {
   PYFUSED_REQUIRE(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding", "must lie in 0..2");
   PYFUSED_REQUIRE(transformed.dtype == DType::f32 && transformed.contiguous() &&
@@ -185,14 +182,14 @@ Status check(const View& input, const View& transformed, int64_t outputs, int pa
 
 }  // namespace
 
-// U from weight [O, C, 3, 3] of any strides. `transposed`: U of the data gradient, the convolution from O to C channels
-// with the filters turned by 180 degrees (36 · O · round_up(C, 16) floats).
+// U from weight [O, C, 3, 3] of any strides. `transposed`: for the data gradient, O and C exchanged, so
+// U[36][⌈C/16⌉][O][16] of 36 · O · round_up(C, 16) floats.
 Status conv2d_winograd_transform_weight(View transformed, View weight, bool transposed, int threads) {
   PYFUSED_REQUIRE(weight.ndim == 4 && weight.dtype == DType::f32 && weight.shape[2] == 3 && weight.shape[3] == 3,
                   "weight", "must be float32 [O, C, 3, 3]");
   int64_t outputs = weight.shape[transposed], depth = weight.shape[!transposed];
   int64_t output_stride = weight.strides[transposed], depth_stride = weight.strides[!transposed];
-  int64_t panels = (outputs + kPanel - 1) / kPanel;
+  int64_t panels = ceil_div(outputs, kPanel);
   PYFUSED_REQUIRE(transformed.dtype == DType::f32 && transformed.contiguous() &&
                       transformed.numel() == kPoints * depth * panels * kPanel,
                   "transformed", "must be 36 * C * round_up(O, 16) contiguous float32");

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/kernels/conv2d_layout.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -25,9 +26,9 @@ constexpr int kPoints = 36;  // products that replace 16 * 9
 constexpr int kPanel = 16;   // output channels that lie together in the transformed weight, on every instruction set
 constexpr int kSkew = 16;    // floats between the matrices of two points: else all 36 may fall into one set of the L1
 using V = Vec<float>;
-typedef uint8_t Bytes __attribute__((vector_size(lanes<float>)));  // the codes of a vector of channels
+using Bytes = BytesOf<float>::type;  // the codes of a vector of channels
 
-PYFUSED_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+PYFUSED_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 // body(std::integral_constant<int, n>) for 1 <= n <= Max: register blocks need their size at compile time.
 template <int Max, class Body>
@@ -75,16 +76,16 @@ PYFUSED_INLINE void times_b(const V* m, int s, V* x, int xs) {
   x[4 * xs] = m[0] + sum1 + sum2;
   x[5 * xs] = m[5 * s];
 }
-PYFUSED_INLINE void times_g(const V* w, int s, V* u, int us) {
-  V outer = (-1.f / 6) * (w[0] + w[2 * s]), inner = (1.f / 6) * w[s];
-  V outer2 = (1.f / 24) * w[0] + (1.f / 6) * w[2 * s], inner2 = (1.f / 12) * w[s];
-  u[0] = 0.25f * w[0];
-  u[us] = outer - inner;
-  u[2 * us] = outer + inner;
-  u[3 * us] = outer2 + inner2;
-  u[4 * us] = outer2 - inner2;
+PYFUSED_INLINE void times_g(const V* w, int s, V* u, int us) {  // without the factors of its rows, so without rounding
+  V even = w[0] + w[2 * s], even2 = w[0] + 4.f * w[2 * s], odd2 = 2.f * w[s];
+  u[0] = w[0];
+  u[us] = even + w[s];
+  u[2 * us] = even - w[s];
+  u[3 * us] = even2 + odd2;
+  u[4 * us] = even2 - odd2;
   u[5 * us] = w[2 * s];
 }
+constexpr double kFactor[6] = {1. / 4, -1. / 6, -1. / 6, 1. / 24, 1. / 24, 1};  // of G's rows
 PYFUSED_INLINE void times_gt(const V* u, int s, V* w, int ws) {
   V sum1 = (1.f / 6) * (u[s] + u[2 * s]), sum2 = u[3 * s] + u[4 * s];
   w[0] = 0.25f * u[0] + ((1.f / 24) * sum2 - sum1);
@@ -126,6 +127,8 @@ PYFUSED_INLINE void transform_filter(const V (&w)[9], V (&u)[kPoints]) {  // G w
   for (int j = 0; j < 3; ++j) times_g(w + j, 3, half + j, 3);
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) times_g(half + 3 * i, 1, u + 6 * i, 1);
+#pragma GCC unroll 36
+  for (int k = 0; k < kPoints; ++k) u[k] *= static_cast<float>(kFactor[k / 6] * kFactor[k % 6]);
 }
 PYFUSED_INLINE void transform_filter_back(const V (&u)[kPoints], V (&w)[9]) {  // Gᵀ u G
   V half[18];
@@ -148,6 +151,9 @@ struct Plain {
   PYFUSED_INLINE V load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t count) const {
     return load_channels<Whole>(data + ((n * height + h) * width + w) * channels + c, count);
   }
+  PYFUSED_INLINE void prefetch(int64_t n, int64_t h, int64_t w, int64_t c) const {
+    __builtin_prefetch(data + ((n * height + h) * width + w) * channels + c);
+  }
 };
 struct Masked {  // the gradient before the ReLU; zero where the ReLU's output was (a NaN passes, as in torch)
   const float *grad, *output;
@@ -156,6 +162,11 @@ struct Masked {  // the gradient before the ReLU; zero where the ReLU's output w
   PYFUSED_INLINE V load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t count) const {
     int64_t at = ((n * height + h) * width + w) * channels + c;
     return load_channels<Whole>(output + at, count) <= 0.f ? V{} : load_channels<Whole>(grad + at, count);
+  }
+  PYFUSED_INLINE void prefetch(int64_t n, int64_t h, int64_t w, int64_t c) const {
+    int64_t at = ((n * height + h) * width + w) * channels + c;
+    __builtin_prefetch(output + at);
+    __builtin_prefetch(grad + at);
   }
 };
 struct Unpooled {  // the gradient before ReLU and pool: each pooled value goes to the one pixel that its code names
@@ -170,6 +181,7 @@ struct Unpooled {  // the gradient before ReLU and pool: each pooled value goes 
     VecI32 here = __builtin_convertvector(bytes, VecI32) == static_cast<int32_t>(h % 2 * 2 + w % 2);
     return here ? load_channels<Whole>(grad + at, count) : V{};
   }
+  PYFUSED_INLINE void prefetch(int64_t, int64_t, int64_t, int64_t) const {}  // a quarter of the bytes: no gain
 };
 
 // --- Tiles of a [images, height, width] result, row by row.
@@ -178,8 +190,8 @@ struct Grid {
   PYFUSED_INLINE Grid(int64_t images, int64_t height, int64_t width)
       : height(height),
         width(width),
-        down((height + kTile - 1) / kTile),
-        across((width + kTile - 1) / kTile),
+        down(ceil_div(height, kTile)),
+        across(ceil_div(width, kTile)),
         count(images * down * across) {}
 };
 struct Tile {
@@ -215,6 +227,11 @@ PYFUSED_INLINE void transform_one(const Source& source, int64_t n, int64_t h, in
     for (int i = 0; i < P; ++i)
 #pragma GCC unroll 6
       for (int j = 0; j < P; ++j) inner[i * P + j] = source.template load<true>(n, h + i, w + j, c, count);
+    // The next tile's new pixels: its rows lie too far apart for the hardware to foresee.
+#pragma GCC unroll 6
+    for (int i = 0; i < P; ++i)
+#pragma GCC unroll 4
+      for (int j = P - kTile; j < P; ++j) source.prefetch(n, h + i, w + kTile + j, c);
     return finish(inner);
   }
   for (int k = 0; k < P * P; ++k) d[k] = V{};
@@ -267,16 +284,7 @@ PYFUSED_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, cons
 }
 
 // --- Checks
-PYFUSED_INLINE bool channels_last(const View& x, DType dtype) {  // dense [N, C, H, W] with C innermost
-  if (x.ndim != 4 || x.dtype != dtype) return false;
-  int64_t expected = 1;
-  constexpr int order[] = {1, 3, 2, 0};
-  for (int i : order) {
-    if (x.shape[i] != 1 && x.strides[i] != expected) return false;
-    expected *= x.shape[i];
-  }
-  return true;
-}
+PYFUSED_INLINE bool channels_last(const View& x, DType dtype) { return x.dtype == dtype && is_nhwc(x); }
 PYFUSED_INLINE bool has_shape(const View& x, int64_t n, int64_t c, int64_t h, int64_t w) {
   return x.shape[0] == n && x.shape[1] == c && x.shape[2] == h && x.shape[3] == w;
 }
