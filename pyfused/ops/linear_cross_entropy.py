@@ -79,8 +79,13 @@ def _add_grads(d_logits, rows, input, linear_weight, grads, needed):
 
 
 @torch.no_grad()
-def run_forward(chunk, input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
-    """The registered op; `chunk` is a buffer [rows, V] for the logits of as many rows at a time."""
+def run_forward(
+    chunk, input, linear_weight, linear_bias, target, weight, needed, reduction, *options, adjust=None
+):  # fmt: skip
+    """The registered op; `chunk` is a buffer [rows, V] for the logits of as many rows at a time.
+
+    adjust: called with a chunk's logits and the number of its first row, may change them before the softmax.
+    """
     loss, total, stats, *grads = alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
     needed = [bool(g.numel()) for g in grads]
     one = loss.new_ones(())
@@ -90,6 +95,8 @@ def run_forward(chunk, input, linear_weight, linear_bias, target, weight, needed
     for begin in range(0, input.shape[0], len(chunk)):
         rows = slice(begin, min(begin + len(chunk), input.shape[0]))
         logits = _logits(input[rows], linear_weight, linear_bias, chunk[: rows.stop - begin])
+        if adjust is not None:
+            adjust(logits, begin)
         given = (target[rows], weight)
         mode = _NONE if reduction == _NONE else _SUM
         part, _, part_stats, part_total = ce._forward(logits, *given, False, mode, *options)
@@ -108,7 +115,9 @@ def run_forward(chunk, input, linear_weight, linear_bias, target, weight, needed
 
 
 @torch.no_grad()
-def run_backward(chunk, grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options):
+def run_backward(
+    chunk, grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options, adjust=None
+):  # fmt: skip
     """The registered op for reduction "none": the logits again, chunk by chunk."""
     grads = _alloc_grads(input, linear_weight, needed)
     for g in grads[1:]:
@@ -116,6 +125,8 @@ def run_backward(chunk, grad_loss, input, linear_weight, linear_bias, target, we
     for begin in range(0, input.shape[0], len(chunk)):
         rows = slice(begin, min(begin + len(chunk), input.shape[0]))
         logits = _logits(input[rows], linear_weight, linear_bias, chunk[: rows.stop - begin])
+        if adjust is not None:
+            adjust(logits, begin)
         given = (target[rows], weight, stats[:, rows].contiguous(), total)
         ce._backward_(grad_loss[rows].contiguous(), None, logits, *given, _NONE, *options)
         _add_grads(logits, rows, input, linear_weight, grads, needed)
