@@ -51,11 +51,17 @@ _forward = define(
 )
 
 
-def alloc_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse):
-    n = min(ids.numel(), rows) if sparse else rows
+def alloc_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse, occurring=None):
+    """`occurring`: number of rows of sparse gradients. A kernel learns it last and allocates for the most."""
+    n = occurring if sparse else rows
     weight_grad = other_weight.new_empty((n if weight else 0, other_weight.shape[1]))
     bias_grad = other_weight.new_empty(n if bias else 0)
-    return weight_grad, bias_grad, *(ids.new_empty(s, dtype=torch.int64) for s in (n if sparse else 0, ()))
+    return weight_grad, bias_grad, ids.new_empty(n if sparse else 0, dtype=torch.int64)
+
+
+def _fake_backward(*args):
+    sparse = args[-1]
+    return alloc_backward(*args, occurring=torch.library.get_ctx().new_dynamic_size() if sparse else None)
 
 
 def reference_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse):
@@ -68,36 +74,30 @@ def reference_backward(grad, ids, other_ids, other_weight, rows, padding, weight
         sparse: give only the rows that occur in `ids`, padding left out.
 
     Returns:
-        weight gradient [rows, D], bias gradient [rows], occurring, count. If sparse, the gradients and `occurring`
-        (int64) have n = min(ids.numel(), rows) rows, of which the first `count` (int64 scalar) are the gradients of the
-        table's rows occurring[:count], which increase; the rest is undefined. If not sparse, occurring and count are.
+        weight gradient [rows, D], bias gradient [rows], int64 [0]. If sparse, the last holds the numbers of the rows
+        that occur, increasing, and the gradients have these rows only.
     """
-    outputs = alloc_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse)
-    weight_grad, bias_grad, occurring, count = outputs
+    occurring = ids[ids != padding].unique().long() if sparse else ids.new_empty(0, dtype=torch.int64)
+    given = (grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse)
+    weight_grad, bias_grad, _ = alloc_backward(*given, occurring=occurring.numel())
 
     def scatter(out, terms):
         terms = terms.sum(-2) if grad.dim() > ids.dim() else terms
         found = torch.ops.aten.embedding_backward(terms, ids.long(), rows, padding, False, sparse)
-        if sparse:
-            found = found.coalesce()
-            n = found.indices().shape[1]
-            count.fill_(n)
-            occurring[:n] = found.indices()[0]
-            out, found = out[:n], found.values()
-        out.copy_(found)
+        out.copy_(found.coalesce().values() if sparse else found)
 
     if weight:
         other = F.embedding(other_ids, other_weight)
         scatter(weight_grad, grad.unsqueeze(-1) * (other.unsqueeze(-2) if grad.dim() > other_ids.dim() else other))
     if bias:
         scatter(bias_grad.unsqueeze(-1), grad.unsqueeze(-1))
-    return outputs
+    return weight_grad, bias_grad, occurring
 
 
 _backward = define(
     "embedding_dot_backward(Tensor grad, Tensor ids, Tensor other_ids, Tensor other_weight, SymInt rows,"
-    " SymInt padding, bool weight, bool bias, bool sparse) -> (Tensor, Tensor, Tensor, Tensor)",
-    alloc_backward,
+    " SymInt padding, bool weight, bool bias, bool sparse) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
     reference_backward,
 )
 
@@ -134,7 +134,7 @@ def _table_grads(grad, ids, other_ids, other_weight, table, table_bias, padding,
         return None, None
     rows = table.shape[0]
     padding = -1 if padding is None else padding
-    weight_grad, bias_grad, occurring, count = _backward(
+    weight_grad, bias_grad, occurring = _backward(
         grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse
     )
 
@@ -142,9 +142,8 @@ def _table_grads(grad, ids, other_ids, other_weight, table, table_bias, padding,
         values = values.view(values.shape[0], *like.shape[1:])
         if not sparse:
             return values
-        n = count.item()
-        indices = occurring[:n].unsqueeze(0)
-        return torch.sparse_coo_tensor(indices, values[:n], like.shape, check_invariants=False, is_coalesced=True)
+        indices = occurring.unsqueeze(0)
+        return torch.sparse_coo_tensor(indices, values, like.shape, check_invariants=False, is_coalesced=True)
 
     return form(weight_grad, table) if weight else None, form(bias_grad, table_bias) if bias else None
 

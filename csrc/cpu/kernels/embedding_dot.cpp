@@ -80,19 +80,19 @@ void score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
 }
 
 bool is_bias(View bias, View weight) {
-  return !bias || (bias.dtype == weight.dtype && bias.contiguous() && bias.numel() == weight.shape[0]);
+  return !bias || (bias.dtype == weight.dtype && is_packed(bias) && bias.numel() == weight.shape[0]);
 }
 
 }  // namespace
 
 Status embedding_dot(View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias,
                      int threads) {
-  PYFUSED_REQUIRE(user.index() && user.contiguous(), "user", "must be contiguous int32 or int64");
-  PYFUSED_REQUIRE(item.index() && item.contiguous(), "item", "must be contiguous int32 or int64");
+  PYFUSED_REQUIRE(user.index() && is_packed(user), "user", "must be contiguous int32 or int64");
+  PYFUSED_REQUIRE(item.index() && is_packed(item), "item", "must be contiguous int32 or int64");
   PYFUSED_REQUIRE(is_table(user_weight), "user_weight", "must be [rows, D] with rows without gaps");
   PYFUSED_REQUIRE(is_table(item_weight), "item_weight", "must be [rows, D] with rows without gaps");
   PYFUSED_REQUIRE(user_weight.shape[1] == item_weight.shape[1], "item_weight", "must have the D of user_weight");
-  PYFUSED_REQUIRE(out.contiguous() && out.numel() == item.numel(), "out", "must be contiguous, of item's shape");
+  PYFUSED_REQUIRE(is_packed(out) && out.numel() == item.numel(), "out", "must be contiguous, of item's shape");
   PYFUSED_REQUIRE(out.dtype == user_weight.dtype && item_weight.dtype == out.dtype, "item_weight",
                   "must share one dtype");
   PYFUSED_REQUIRE(is_bias(user_bias, user_weight), "user_bias", "must be contiguous, one number per row, same dtype");

@@ -33,6 +33,7 @@ struct Table {
   }
 };
 
+PYFUSED_INLINE bool is_packed(View v) { return v.contiguous() || v.numel() == 0; }
 PYFUSED_INLINE bool is_table(View v) { return v.ndim == 2 && (v.strides[1] == 1 || v.shape[1] <= 1); }
 
 // The position of the first id that is not in [0, rows); ids.count if there is none.

@@ -209,24 +209,24 @@ void fill_zeros(View out, int64_t size, int threads) {
 
 Status embedding_dot_backward(View weight_grad, View bias_grad, View occurring, View count, View grad, View ids,
                               View other_ids, View other_weight, int64_t rows, int64_t padding, int threads) {
-  PYFUSED_REQUIRE(ids.index() && ids.contiguous(), "ids", "must be contiguous int32 or int64");
-  PYFUSED_REQUIRE(other_ids.index() && other_ids.contiguous(), "other_ids", "must be contiguous int32 or int64");
+  PYFUSED_REQUIRE(ids.index() && is_packed(ids), "ids", "must be contiguous int32 or int64");
+  PYFUSED_REQUIRE(other_ids.index() && is_packed(other_ids), "other_ids", "must be contiguous int32 or int64");
   PYFUSED_REQUIRE(is_table(other_weight), "other_weight", "must be [rows, D] with rows without gaps");
-  PYFUSED_REQUIRE(grad.contiguous() && grad.dtype == other_weight.dtype, "grad",
+  PYFUSED_REQUIRE(is_packed(grad) && grad.dtype == other_weight.dtype, "grad",
                   "must be contiguous, of the tables' dtype");
   int64_t scores = grad.numel(), entries = ids.numel(), others = other_ids.numel(), dim = other_weight.shape[1];
   PYFUSED_REQUIRE(scores == max(entries, others) || min(entries, others) == 0, "grad",
                   "must have one number per score");
   PYFUSED_REQUIRE(scores == 0 || (scores % entries == 0 && scores % others == 0), "grad", "must fit the ids");
   int64_t slots = occurring ? min(entries, rows) : rows;
-  PYFUSED_REQUIRE(!weight_grad || (weight_grad.contiguous() && weight_grad.dtype == grad.dtype &&
-                                   weight_grad.numel() == slots * dim),
-                  "weight_grad", "must be contiguous [rows, D]");
-  PYFUSED_REQUIRE(!bias_grad || (bias_grad.contiguous() && bias_grad.dtype == grad.dtype && bias_grad.numel() == slots),
+  PYFUSED_REQUIRE(
+      !weight_grad || (is_packed(weight_grad) && weight_grad.dtype == grad.dtype && weight_grad.numel() == slots * dim),
+      "weight_grad", "must be contiguous [rows, D]");
+  PYFUSED_REQUIRE(!bias_grad || (is_packed(bias_grad) && bias_grad.dtype == grad.dtype && bias_grad.numel() == slots),
                   "bias_grad", "must be contiguous [rows]");
   PYFUSED_REQUIRE(
       bool(occurring) == bool(count) && (!occurring || (occurring.dtype == DType::i64 && count.dtype == DType::i64 &&
-                                                        occurring.contiguous() && occurring.numel() == slots)),
+                                                        is_packed(occurring) && occurring.numel() == slots)),
       "occurring", "must be int64 [rows], with a count");
   if (Status s = check_ids("ids", Ids(ids), rows, threads); s.code != Status::ok) return s;
   if (Status s = check_ids("other_ids", Ids(other_ids), other_weight.shape[0], threads); s.code != Status::ok) return s;

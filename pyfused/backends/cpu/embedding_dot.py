@@ -14,7 +14,7 @@ def _rows_contiguous(weight):
 
 
 def _flat(bias):
-    return None if bias is None else bias.reshape(-1)
+    return None if bias is None else bias.reshape(-1).contiguous()
 
 
 @kernel("embedding_dot", "cpu")
@@ -28,10 +28,12 @@ def forward(user, item, user_weight, item_weight, user_bias, item_bias):
 
 @kernel("embedding_dot_backward", "cpu")
 def backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse):
-    outputs = op.alloc_backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse)
-    weight_grad, bias_grad, occurring, count = outputs = (cached(outputs[0]), *outputs[1:])
+    given = (grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse)
+    weight_grad, bias_grad, occurring = op.alloc_backward(*given, occurring=min(ids.numel(), rows))
+    weight_grad, count = cached(weight_grad), torch.empty((), dtype=torch.int64)
     written = (weight_grad if weight else None, bias_grad if bias else None)
     found = (occurring, count) if sparse else (None, None)
-    given = (grad.contiguous(), ids.contiguous(), other_ids.contiguous(), _rows_contiguous(other_weight))
-    _C.embedding_dot_backward(*written, *found, *given, rows, padding, torch.get_num_threads())
-    return outputs
+    read = (grad.contiguous(), ids.contiguous(), other_ids.contiguous(), _rows_contiguous(other_weight))
+    _C.embedding_dot_backward(*written, *found, *read, rows, padding, torch.get_num_threads())
+    outputs = (weight_grad, bias_grad, occurring)
+    return tuple(x[: count.item()] for x in outputs) if sparse else outputs
