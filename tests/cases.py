@@ -57,17 +57,316 @@ def randint(g: torch.Generator, high: int, *shape: int, dtype=torch.int64) -> to
     return torch.randint(high, shape, generator=g).to(dtype)
 
 
-# --- conv2d_relu -----------------------------------------------------------------------------------------------------------
-CONV2D_RELU: list[Case] = []
+# --- conv2d_relu ------------------------------------------------------------------------------------------------------
+CHANNELS_LAST = torch.channels_last
+# Winograd F(4x4, 3x3) in float32 loses about 1e-5 of the largest value, ten times what a direct sum loses; documented in
+# csrc/cpu/kernels/conv2d_winograd.cpp. pyfused.set_conv_algorithm("direct") does without it.
+WINOGRAD = 3e-5
 
-# --- conv2d_relu_max_pool2d ------------------------------------------------------------------------------------------------
-CONV2D_RELU_MAX_POOL2D: list[Case] = []
 
-# --- cross_entropy ---------------------------------------------------------------------------------------------------------
-CROSS_ENTROPY: list[Case] = []
+def conv_case(
+    name, why, shape, c_out, kernel, *, op="conv2d_relu", bias=True, layout=None, weight_layout=None, exact=False,
+    dtypes=DTYPES, slack=0.0, view=None, **options,
+) -> Case:  # fmt: skip
+    """`exact`: small multiples of 1/8, so that no dtype rounds the output and a maximum has ties. `view`: of the input."""
 
-# --- linear_cross_entropy --------------------------------------------------------------------------------------------------
-LINEAR_CROSS_ENTROPY: list[Case] = []
+    def make(g):
+        def values(*shape, scale=1.0):
+            return randint(g, 9, *shape).double() / 4 - 1 if exact else randn(g, *shape, scale=scale)
+
+        weight_shape = (c_out, shape[-3] // options.get("groups", 1), *kernel)
+        weight = values(*weight_shape, scale=(c_out / max(1, torch.Size(weight_shape).numel())) ** 0.5)
+        arguments = {"input": values(*shape), "weight": weight.round() if exact else weight, **options}
+        arguments["input"] = arguments["input"].contiguous(memory_format=layout or torch.contiguous_format)
+        if weight_layout:
+            arguments["weight"] = arguments["weight"].contiguous(memory_format=weight_layout)
+        if view:
+            arguments["input"] = view(arguments["input"])
+        if bias:
+            arguments["bias"] = values(c_out)
+        return arguments
+
+    return Case(op, name, why, make, ("input", "weight", "bias") if bias else ("input", "weight"), dtypes, slack)
+
+
+def frozen_input(case: Case) -> Case:
+    """The same for a first layer: the input needs no gradient, which is what the direct weight gradient takes."""
+    grad = tuple(name for name in case.grad if name != "input")
+    return Case(case.op, f"{case.name}-frozen-input", case.why, case.make, grad, case.dtypes, case.slack)
+
+
+def first_layers(op="conv2d_relu", dtypes=DTYPES, exact=False, **pool) -> list[Case]:
+    def case(name, why, *args, **options):
+        return frozen_input(conv_case(name, why, *args, op=op, dtypes=dtypes, exact=exact, **pool, **options))
+
+    return [
+        case("gray", "one channel, two whole vectors of output channels", (3, 1, 12, 13), 32, (3, 3)),
+        case("gray-cl", "one channel in channels_last: strides that both layouts share", (2, 1, 12, 14), 40, (3, 3),
+             layout=CHANNELS_LAST),
+        case("rgb-cl", "three interleaved channels, padding, a tail of output channels", (2, 3, 15, 14), 37, (3, 3),
+             layout=CHANNELS_LAST, padding=1),
+        case("stem", "7x7 with stride 2, an incomplete vector of output channels", (2, 3, 23, 24), 9, (7, 7), stride=2,
+             padding=3),
+        case("no-bias", "strides that differ, four channels", (1, 4, 17, 16), 70, (5, 4), bias=False, stride=(2, 1)),
+        case("flat-kernels", "kernel of one row, padding that differs", (1, 2, 8, 9), 3, (1, 6), padding=(0, 2)),
+        case("narrow", "kernel of one column, padding wider than the kernel", (1, 2, 8, 9), 16, (2, 1), padding=(2, 3)),
+        case("bands", "an image of several bands of rows", (1, 3, 41, 130), 33, (3, 3)),
+        case("weight-cl", "channels_last through the weight alone", (2, 3, 9, 9), 20, (3, 3), weight_layout=CHANNELS_LAST),
+        case("sliced", "an input with gaps", (4, 3, 10, 12), 8, (2, 2), view=lambda x: x[::2, :, 1:, ::2]),
+        case("one-window", "a map of 2x2", (5, 1, 4, 4), 6, (3, 3)),
+    ]  # fmt: skip
+
+
+CONV2D_RELU: list[Case] = [
+    conv_case("plain", "stride, padding, bias", (2, 3, 9, 11), 5, (3, 3), stride=2, padding=1),
+    *first_layers(),
+    conv_case("wide-kernel", "wider than the direct kernels: PyTorch's convolution", (2, 2, 12, 12), 5, (3, 8)),
+    conv_case("channels", "more channels than the direct kernels take", (2, 9, 8, 9), 21, (3, 3), stride=2, padding=1),
+    conv_case("channels-cl", "the same in channels_last", (2, 9, 8, 9), 21, (2, 2), layout=CHANNELS_LAST),
+    conv_case("rows", "bias gradient over more rows than one part sums", (3, 6, 20, 21), 7, (1, 1), layout=CHANNELS_LAST),
+    conv_case("grouped", "groups", (2, 6, 7, 8), 9, (3, 3), groups=3, padding=1),
+    conv_case("depthwise", "as many groups as channels", (2, 5, 7, 8), 10, (3, 3), groups=5, layout=CHANNELS_LAST),
+    conv_case("dilated", "dilation that differs", (1, 3, 12, 13), 4, (3, 3), dilation=(2, 3), padding=2),
+    conv_case("same", "padding='same' of an even kernel pads one side more", (2, 3, 8, 9), 4, (4, 2), padding="same"),
+    conv_case("same-dilated", "padding='same' under dilation", (2, 3, 8, 9), 4, (3, 3), padding="same", dilation=2),
+    conv_case("valid", "padding='valid'", (2, 3, 8, 9), 4, (3, 3), padding="valid"),
+    conv_case("unbatched", "(C, H, W)", (3, 8, 9), 4, (3, 3), padding=(1,)),
+    conv_case("empty", "no images", (0, 3, 8, 9), 4, (3, 3)),
+    conv_case("empty-cl", "no images, more channels", (0, 20, 8, 9), 24, (3, 3), layout=CHANNELS_LAST),
+    conv_case("one-pixel", "1x1 maps: every layout at once", (3, 5, 1, 1), 6, (3, 3), padding=1),
+    conv_case("winograd", "Winograd on NCHW: converted and back", (2, 16, 9, 10), 16, (3, 3), slack=WINOGRAD),
+    conv_case("winograd-cl", "Winograd, tails of channels, padding", (2, 19, 11, 14), 37, (3, 3), layout=CHANNELS_LAST,
+              padding=1, slack=WINOGRAD),
+    conv_case("winograd-wide", "Winograd, padding 2, several blocks", (1, 32, 12, 9), 80, (3, 3), layout=CHANNELS_LAST,
+              padding=2, slack=WINOGRAD, bias=False),
+    conv_case("winograd-tiny", "Winograd on 3x3 maps: one output", (2, 32, 3, 3), 32, (3, 3), layout=CHANNELS_LAST,
+              slack=WINOGRAD),
+]  # fmt: skip
+
+# --- conv2d_relu_max_pool2d -------------------------------------------------------------------------------------------
+# Random values in float32 and float64 only: in 16 bits two candidates of a window round to the same, and which of them is
+# "the" maximum is then chance. Exact values, which no dtype rounds, for the others.
+POOL = "conv2d_relu_max_pool2d"
+WIDE = (torch.float32, torch.float64)
+
+
+def pool_case(*args, dtypes=WIDE, **options) -> Case:
+    return conv_case(*args, op=POOL, dtypes=dtypes, **options)
+
+
+CONV2D_RELU_MAX_POOL2D: list[Case] = [
+    pool_case("plain", "overlapping windows", (2, 3, 9, 11), 5, (3, 3), padding=1, pool_size=3, pool_stride=2),
+    *first_layers(POOL, WIDE),
+    *[
+        Case(c.op, f"{c.name}-exact", f"{c.why}; ties, all dtypes", c.make, c.grad)
+        for c in first_layers(POOL, exact=True)[:4]
+    ],
+    pool_case("exact", "ties through the separate pooling pass", (2, 6, 9, 11), 5, (3, 3), dtypes=DTYPES, exact=True),
+    pool_case("exact-cl", "the same in channels_last", (2, 6, 9, 11), 21, (3, 3), dtypes=DTYPES, exact=True,
+              layout=CHANNELS_LAST),
+    pool_case("gaps", "windows further apart than wide", (2, 3, 14, 15), 5, (3, 3), pool_size=2, pool_stride=3),
+    pool_case("gaps-cl", "the same in channels_last", (2, 3, 14, 15), 20, (3, 3), pool_size=2, pool_stride=3,
+              layout=CHANNELS_LAST),
+    pool_case("overlap-cl", "overlapping windows in channels_last", (2, 6, 14, 15), 20, (3, 3), pool_size=(2, 3),
+              pool_stride=(1, 2), layout=CHANNELS_LAST),
+    pool_case("wide", "more pooled columns than one strip", (1, 5, 4, 560), 2, (2, 3), pool_size=2),
+    pool_case("single", "a window of one element", (1, 3, 6, 6), 4, (3, 3), pool_size=1),
+    pool_case("largest", "254 elements, the last place that a byte can name", (1, 2, 4, 130), 3, (2, 3), padding=(0, 1),
+              pool_size=(2, 127), pool_stride=(1, 3)),
+    pool_case("beyond", "256 elements: eager PyTorch", (1, 2, 17, 17), 3, (2, 2), pool_size=16),
+    pool_case("unbatched", "(C, H, W)", (3, 8, 9), 4, (3, 3)),
+    pool_case("empty", "no images", (0, 3, 8, 9), 4, (3, 3)),
+    pool_case("winograd", "Winograd on NCHW: converted and back", (2, 16, 9, 11), 16, (3, 3), slack=WINOGRAD),
+    pool_case("winograd-cl", "Winograd, tails of channels, padding", (2, 19, 11, 14), 37, (3, 3), layout=CHANNELS_LAST,
+              padding=1, slack=WINOGRAD),
+    pool_case("winograd-3x3", "Winograd, then the separate pooling pass", (2, 17, 11, 14), 20, (3, 3), padding=1,
+              layout=CHANNELS_LAST, slack=WINOGRAD, pool_size=3, pool_stride=2),
+]  # fmt: skip
+
+# --- cross_entropy ----------------------------------------------------------------------------------------------------
+def logits(g, *shape, layout="contiguous", scale=2.0):
+    """Random logits; layouts: contiguous, channels_last, transposed (class stride not 1), sliced (gaps between rows)."""
+    if layout == "transposed":
+        return randn(g, shape[1], shape[0], scale=scale).t()
+    if layout == "sliced":
+        return randn(g, shape[0], shape[1] + 3, scale=scale)[:, 2:-1]
+    x = randn(g, *shape, scale=scale)
+    return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def labels(g, classes, *shape, ignored=None):
+    t = randint(g, classes, *shape)
+    if ignored is not None and t.numel() > 1:
+        t.view(-1)[1] = ignored
+    return t
+
+
+def cross_entropy_case(
+    name, why, shape=(6, 5), layout="contiguous", ignored=None, probabilities=False, weight=False, edit=None, **options
+) -> Case:
+    def make(g):
+        x = logits(g, *shape, layout=layout)
+        if edit is not None:
+            edit(x)
+        classes, rows = (shape[0], ()) if len(shape) == 1 else (shape[1], (shape[0], *shape[2:]))
+        soft = randn(g, *shape).softmax(min(1, len(shape) - 1)) if probabilities else None
+        target = labels(g, classes, *rows, ignored=ignored) if soft is None else soft
+        made = {"input": x, "target": target, **options}
+        return {**made, "weight": randn(g, classes).abs() + 0.1} if weight else made
+
+    return Case("cross_entropy", name, why, make, ("input",))
+
+
+def block(value, rows, classes):
+    def edit(x):
+        x[rows, classes] = value
+
+    return edit
+
+
+CROSS_ENTROPY: list[Case] = [
+    *[
+        cross_entropy_case(
+            f"classes_{c}", "rows and classes around 4, 8 and 16 lanes; gathered below 40 classes", (19, c)
+        )
+        for c in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 39)
+    ],
+    *[
+        cross_entropy_case(f"classes_{c}", "vectors along the classes: with and without an overlapping tail", (5, c))
+        for c in (40, 47, 48, 49, 63, 64, 65, 1000, 1025)
+    ],
+    cross_entropy_case(
+        "many_rows", "several chunks, so several threads; a group that is not full at the end", (9001, 10)
+    ),
+    cross_entropy_case("long_rows", "groups of few rows", (7, 33000), reduction="none"),
+    cross_entropy_case("no_batch", "(C,) logits, label of no dimension", (5,)),
+    cross_entropy_case("no_batch_none", "and a loss per row", (50,), reduction="none"),
+    cross_entropy_case("empty_mean", "no rows: NaN", (0, 5)),
+    cross_entropy_case("empty_sum", "no rows: 0", (0, 5), reduction="sum"),
+    cross_entropy_case("image", "(N, C, H, W): lanes along the positions, and groups across two images", (3, 21, 5, 7)),
+    cross_entropy_case(
+        "image_aligned", "whole groups within one image: no gathering element by element", (2, 5, 8, 16)
+    ),
+    cross_entropy_case("image_many_classes", "class stride not 1, many classes", (2, 100, 3, 3), reduction="none"),
+    cross_entropy_case("sequence", "(N, C, d1)", (2, 11, 9), reduction="sum"),
+    cross_entropy_case("volume", "(N, C, d1, d2, d3)", (2, 3, 2, 3, 4), ignored=-100),
+    cross_entropy_case("channels_last", "classes innermost, few", (2, 21, 4, 5), "channels_last"),
+    cross_entropy_case("channels_last_many", "classes innermost, many", (2, 70, 4, 5), "channels_last"),
+    cross_entropy_case(
+        "transposed",
+        "rows innermost: the wrong stride here gave silently wrong losses elsewhere",
+        (37, 50),
+        "transposed",
+    ),
+    cross_entropy_case("sliced", "gaps between the rows", (9, 57), "sliced", reduction="none"),
+    cross_entropy_case("sliced_few", "gaps between the rows, gathered", (9, 10), "sliced"),
+    cross_entropy_case("ignored", "an ignored row; the mean must not count it", ignored=-100),
+    cross_entropy_case("ignored_none", "loss 0 of an ignored row", (6, 50), ignored=-100, reduction="none"),
+    cross_entropy_case("ignore_index_0", "a valid class as ignore_index", ignored=0, ignore_index=0),
+    cross_entropy_case("ignore_index_large", "ignore_index above the classes", (6, 50), ignored=255, ignore_index=255),
+    cross_entropy_case("weight", "class weights in the mean's denominator", weight=True, ignored=-100),
+    cross_entropy_case(
+        "weight_rows", "class weights, vectors along the classes", (6, 50), weight=True, reduction="sum"
+    ),
+    *[
+        cross_entropy_case(
+            f"smoothing_{name}", f"label smoothing, {why}", shape, label_smoothing=0.1, ignored=-100, **options
+        )
+        for shape, path in (((19, 11), "tile"), ((7, 49), "rows"))
+        for name, why, options in (
+            (f"{path}", "mean", {}),
+            (f"{path}_weight", "class weights", {"weight": True}),
+            (f"{path}_none", "per row", {"weight": True, "reduction": "none"}),
+        )
+    ],
+    cross_entropy_case("smoothing_1", "nothing left on the label", label_smoothing=1.0),
+    *[
+        cross_entropy_case(f"probabilities_{name}", why, shape, probabilities=True, **options)
+        for name, why, shape, options in (
+            ("tile", "soft targets, gathered", (19, 11), {}),
+            ("rows", "soft targets along the classes", (7, 49), {}),
+            ("weight", "and class weights: the mean divides by the rows", (7, 49), {"weight": True}),
+            ("smoothing", "and smoothing", (19, 11), {"weight": True, "label_smoothing": 0.2}),
+            ("image", "soft targets in (N, C, H, W)", (2, 5, 3, 7), {"reduction": "none"}),
+            ("no_batch", "soft target (C,)", (5,), {}),
+        )
+    ],
+    cross_entropy_case(
+        "probabilities_layout", "logits strided, soft targets contiguous", (7, 49), "transposed", probabilities=True
+    ),
+    *[
+        cross_entropy_case(f"{name}_{path}", why, shape, ignored=-100, **options)
+        for shape, path in (((19, 11), "tile"), ((7, 49), "rows"))
+        for name, why, options in (
+            ("z_loss", "penalty on lse", {"z_loss": 0.01}),
+            ("z_loss_weight", "the penalty takes the label's class weight", {"z_loss": 0.1, "weight": True}),
+            ("softcap", "padding lanes must not become -softcap", {"softcap": 3.0}),
+            ("lse", "log-sum-exp of every row, differentiable", {"return_lse": True}),
+            (
+                "all",
+                "everything at once",
+                dict(z_loss=0.1, softcap=2.0, return_lse=True, label_smoothing=0.1, weight=True),
+            ),
+        )
+    ],
+    *[
+        cross_entropy_case(f"masked_{name}_{path}", why, (9, c), edit=block(value, rows, classes), reduction="none")
+        for c, path in ((17, "tile"), (130, "rows"))
+        for name, why, value, rows, classes in (
+            ("first", "-inf in the first 16 classes of a row: NaN elsewhere", -torch.inf, 0, slice(0, 16)),
+            ("last", "-inf in the last classes", -torch.inf, 0, slice(c - 9, None)),
+            ("row", "nothing but -inf: NaN", -torch.inf, 3, slice(None)),
+            ("inf", "+inf: NaN", torch.inf, 3, 5),
+            ("nan", "NaN stays in its row", torch.nan, 3, 5),
+            ("huge", "logits near the largest float16", 6e4, 2, slice(0, 3)),
+            ("low", "logits far below 0", -6e4, 2, slice(None)),
+        )
+    ],
+]
+
+
+# --- linear_cross_entropy ---------------------------------------------------------------------------------------------
+def linear_cross_entropy_case(
+    name, why, rows=9, dim=8, classes=50, bias=False, weight=False, probabilities=False, ignored=None, **options
+) -> Case:
+    def make(g):
+        batch = () if rows is None else (rows,)
+        made = {"input": randn(g, *batch, dim), "linear_weight": randn(g, classes, dim, scale=0.5)}
+        made["target"] = (
+            randn(g, *batch, classes).softmax(-1) if probabilities else labels(g, classes, *batch, ignored=ignored)
+        )
+        made |= {"linear_bias": randn(g, classes)} if bias else {}
+        made |= {"weight": randn(g, classes).abs() + 0.1} if weight else {}
+        return {**made, **options}
+
+    return Case("linear_cross_entropy", name, why, make, ("input", "linear_weight", *(["linear_bias"] if bias else [])))
+
+
+LINEAR_CROSS_ENTROPY: list[Case] = [
+    linear_cross_entropy_case("mean", "gradients made in forward"),
+    linear_cross_entropy_case("sum", "and not divided", reduction="sum", bias=True),
+    linear_cross_entropy_case(
+        "none", "logits computed again in backward, an upstream gradient per row", reduction="none", bias=True
+    ),
+    linear_cross_entropy_case("no_batch", "input (D,)", rows=None, bias=True),
+    linear_cross_entropy_case("no_batch_none", "input (D,), loss of no dimension", rows=None, reduction="none"),
+    linear_cross_entropy_case(
+        "chunks", "three chunks of rows, the last one shorter", rows=770, classes=9001, dim=4, ignored=-100, bias=True
+    ),
+    linear_cross_entropy_case(
+        "chunks_none", "the same, recomputed", rows=770, classes=9001, dim=4, ignored=-100, reduction="none"
+    ),
+    linear_cross_entropy_case(
+        "wide", "more than 256 features: a bias counted once per block of them elsewhere", dim=513, bias=True
+    ),
+    linear_cross_entropy_case(
+        "options", "weights, smoothing, ignored rows", weight=True, label_smoothing=0.1, ignored=3, ignore_index=3
+    ),
+    linear_cross_entropy_case("z_loss", "z-loss and softcap", z_loss=0.01, softcap=2.0, bias=True, reduction="sum"),
+    linear_cross_entropy_case("probabilities", "soft targets", probabilities=True, label_smoothing=0.1),
+    linear_cross_entropy_case("few_classes", "gathered tiles", classes=5, rows=40),
+    linear_cross_entropy_case("empty", "no rows: NaN", rows=0, bias=True),
+]
 
 
 # --- embedding_dot ---------------------------------------------------------------------------------------------------------
@@ -138,4 +437,47 @@ EMBEDDING_DOT: list[Case] = [
     embedding_case("dim-4096", "long rows", dim=4096),
 ]
 
+# --- in_batch_cross_entropy -------------------------------------------------------------------------------------------
+def in_batch_case(
+    name, why, batch=7, users=6, items=50, dim=8, bias=False, log_q=False, ids=torch.int64, rows=1.0, **options
+) -> Case:
+    def make(g):
+        arguments = {
+            "user": randint(g, users, batch, dtype=ids),
+            "item": randint(g, items, batch, dtype=ids),
+            "user_weight": randn(g, users, dim, scale=rows),
+            "item_weight": randn(g, items, dim, scale=rows),
+        }
+        if bias:
+            arguments["item_bias"] = randn(g, *((items, 1) if bias == "column" else (items,)))
+        if log_q:
+            arguments["log_q"] = torch.rand(batch, generator=g, dtype=torch.float64).clamp(min=0.01).log()
+        return {**arguments, **options}
+
+    grad = ("user_weight", "item_weight", *(["item_bias"] if bias else []), *(["log_q"] if log_q else []))
+    return Case("in_batch_cross_entropy", name, why, make, grad)
+
+
+IN_BATCH_CROSS_ENTROPY: list[Case] = [
+    in_batch_case("plain", "no bias, no log_q: the products alone; fewer scores in a row than a vector row has"),
+    in_batch_case("bias", "bias of the item, both as a vector and for its gradient", bias=True),
+    in_batch_case("bias-column", "the weight of an nn.Embedding(n, 1) as it is", bias="column"),
+    in_batch_case("log-q", "the correction alone, its sign, and its own gradient", log_q=True, reduction="none"),
+    in_batch_case("bias-log-q", "both offsets of a column in one", bias=True, log_q=True, reduction="sum"),
+    in_batch_case("hits", "3 items in 40 pairs: most of a row masked; gradients of many pairs in one row", 40, items=3),
+    in_batch_case("hits-kept", "the same scores unmasked", 40, items=3, mask_accidental_hits=False),
+    in_batch_case("hits-blocks", "rows of several blocks of 64 ids and a tail, most without a hit", 203, items=300),
+    in_batch_case("int32", "32-bit ids in the gathers, the mask and the sums", 40, items=9, ids=torch.int32),
+    in_batch_case("one-pair", "B = 1: no negatives, loss 0", 1, bias=True),
+    in_batch_case("empty-mean", "B = 0: NaN, and zeros for gradients", 0, bias=True, log_q=True),
+    in_batch_case("empty-none", "B = 0: no losses", 0, reduction="none"),
+    in_batch_case("one-item", "every other entry masked: loss 0, gradients 0", 20, items=1, bias=True),
+    in_batch_case("confident", "scores of some hundreds: softmax of 0 and 1", 33, rows=6.0),
+    in_batch_case("temperature", "scale multiplies the products, not bias and log_q", scale=6.5, bias=True, log_q=True),
+    in_batch_case("chunks", "600 rows of scores in several chunks, the last one shorter", 601, 90, 120, bias=True),
+    in_batch_case("chunks-none", "the same, computed again in backward", 601, 90, 120, bias=True, reduction="none"),
+    in_batch_case("odd-dim", "D = 13: row tails in the sums by id", dim=13, reduction="none"),
+]
+
 CASES = [*CONV2D_RELU, *CONV2D_RELU_MAX_POOL2D, *CROSS_ENTROPY, *LINEAR_CROSS_ENTROPY, *EMBEDDING_DOT]
+CASES += IN_BATCH_CROSS_ENTROPY

@@ -124,10 +124,7 @@ def _reference_backward(
     spread, on_label, label = _target_matrix(z, target, weight, label_smoothing, ignore_index)
     d = p * spread.sum(1, keepdim=True) - spread
     if label is not None:
-        on_label, label = on_label.unsqueeze(1), label.unsqueeze(1)
-        p_label = p.gather(1, label)
-        d += on_label * p
-        d.scatter_add_(1, label, on_label * (x - p_label))
+        d += on_label.unsqueeze(1) * p.scatter(1, label.unsqueeze(1), x)
     if z_loss:
         row_weight = _row_weight(z, target, weight, ignore_index).to(z.dtype).unsqueeze(1)
         d += 2 * z_loss * row_weight * (top + torch.log(all_)) * p

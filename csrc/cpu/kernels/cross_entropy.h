@@ -1,0 +1,127 @@
+// What both directions of cross_entropy.cpp stand on: the problem's options and labels, and logits as rows x classes.
+#pragma once
+#include "cpu/simd_math.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+namespace {
+
+enum Target { hard, smooth, soft };  // hard: labels, no smoothing; smooth: labels and ε > 0; soft: probabilities
+enum Reduction { none, mean, sum };
+constexpr int64_t kByRow =
+    96;  // from this many adjacent classes on, tails and sums over lanes cost less than gathering
+
+template <class C>
+struct Options {  // what both directions share; C is float or double
+  int64_t rows, classes, ignore_index;
+  const int64_t* labels;  // null for soft targets
+  const C* weight;        // may be null
+  C keep, spread;         // 1 - ε and ε / C
+  C weight_sum, z_loss, softcap;
+  int reduction;
+  bool by_row;
+  C* stats;  // [3, rows]
+
+  Options(const View& input, const View& target, const View& w, const View& saved, int reduce, int64_t ignored,
+          double smoothing, double z_factor, double cap)
+      : rows(saved.shape[1]),
+        classes(input.shape[1]),
+        ignore_index(ignored),
+        labels(target.dtype == DType::i64 ? target.as<int64_t>() : nullptr),
+        weight(w.as<C>()),
+        keep(1 - smoothing),
+        spread(smoothing / input.shape[1]),
+        z_loss(z_factor),
+        softcap(cap),
+        reduction(reduce),
+        by_row(classes >= kByRow && input.strides[1] == 1 && (labels || target.strides[1] == 1)),
+        stats(saved.as<C>()) {
+    double total = 0;
+    for (int64_t c = 0; c < classes; ++c) total += weight_of(c);
+    weight_sum = total;
+  }
+  PYFUSED_INLINE C weight_of(int64_t c) const { return weight ? weight[c] : C(1); }
+  PYFUSED_INLINE bool ignored(int64_t r) const { return labels && labels[r] == ignore_index; }
+  // Rows in a group, and in a chunk: about 64K elements of work. They depend on the shape alone.
+  PYFUSED_INLINE int64_t group() const {
+    return by_row ? min<int64_t>(max<int64_t>(65536 / classes, 1), lanes<C>) : lanes<C>;
+  }
+  PYFUSED_INLINE int64_t chunk() const {
+    return max<int64_t>(65536 / (group() * max<int64_t>(classes, 1)), 1) * group();
+  }
+
+  // Per lane the label of row r + lane; -1 where there is none: soft target, ignored row, lane past the last row.
+  PYFUSED_INLINE Mask<C> labels_of(int64_t r, int64_t n) const {
+    Mask<C> label = Mask<C>{} - 1;
+    for (int64_t l = 0; labels && l < n; ++l)
+      if (labels[r + l] != ignore_index) label[l] = labels[r + l];
+    return label;
+  }
+  // Per lane what the row counts: its label's weight, 1 for a soft target, 0 for an ignored or absent row.
+  PYFUSED_INLINE Vec<C> weights_of(Mask<C> label, int64_t n) const {
+    if (!labels) return lane_numbers<C>() < static_cast<int>(n) ? splat(C(1)) : Vec<C>{};
+    if (!weight) return label >= 0 ? splat(C(1)) : Vec<C>{};
+    Vec<C> w{};
+    for (int l = 0; l < lanes<C>; ++l)
+      if (label[l] >= 0) w[l] = weight[label[l]];
+    return w;
+  }
+  Status check_labels() const {
+    for (int64_t r = 0; labels && r < rows; ++r)
+      if (static_cast<uint64_t>(labels[r]) >= static_cast<uint64_t>(classes) && labels[r] != ignore_index)
+        return out_of_range("target", r, labels[r], classes);
+    return {};
+  }
+};
+
+template <class T>
+struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
+  static constexpr int64_t width = lanes<compute_t<T>>;
+  T* data;
+  int64_t classes, class_stride, outer_stride, inner_stride, inner;
+
+  explicit Matrix(const View& v)
+      : data(v.as<T>()),
+        classes(v.shape[1]),
+        class_stride(v.strides[1]),
+        outer_stride(v.ndim == 3 ? v.strides[0] : 0),
+        inner_stride(v.ndim == 3 ? v.strides[2] : v.strides[0]),
+        inner(max<int64_t>(v.shape[v.ndim == 3 ? 2 : 0], 1)) {}
+  PYFUSED_INLINE T* row(int64_t r) const { return data + r / inner * outer_stride + r % inner * inner_stride; }
+  PYFUSED_INLINE bool lanes_adjacent(int64_t r, int64_t n) const {
+    return n == width && inner_stride == 1 && r % inner + n <= inner;
+  }
+  // n rows to and from tile[class][lane]; lanes past n repeat the last row.
+  PYFUSED_INLINE void gather(int64_t r, int64_t n, T* tile) const {
+    const T* p = row(r);
+    if (lanes_adjacent(r, n)) {
+      for (int64_t c = 0; c < classes; ++c) std::memcpy(tile + c * width, p + c * class_stride, sizeof(T) * width);
+      return;
+    }
+    for (int64_t l = 0; l < width; ++l) {
+      p = row(r + min(l, n - 1));
+      for (int64_t c = 0; c < classes; ++c) tile[c * width + l] = p[c * class_stride];
+    }
+  }
+  PYFUSED_INLINE void scatter(int64_t r, int64_t n, const T* tile) const {
+    T* p = row(r);
+    if (lanes_adjacent(r, n)) {
+      for (int64_t c = 0; c < classes; ++c) std::memcpy(p + c * class_stride, tile + c * width, sizeof(T) * width);
+      return;
+    }
+    for (int64_t l = 0; l < n; ++l) {
+      p = row(r + l);
+      for (int64_t c = 0; c < classes; ++c) p[c * class_stride] = tile[c * width + l];
+    }
+  }
+};
+
+template <bool Capped, class T, class C = compute_t<T>>
+PYFUSED_INLINE Vec<C> logits(const T* p, C softcap) {
+  if constexpr (Capped) return softcap * tanh<C>(load(p) / softcap);
+  return load(p);
+}
+
+}  // namespace
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused

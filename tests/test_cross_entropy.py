@@ -1,0 +1,353 @@
+"""cross_entropy beyond the case table: bugs found in other implementations, errors, extremes, in-place, determinism."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyfused
+import pyfused.functional as PF
+from pyfused import _binary
+from pyfused import nn as pnn
+
+ISAS = [] if _binary.why_not else _binary._C.isas()
+LAYOUTS = [(6, 5), (6, 50), (2, 5, 4)]  # gathered, by row, class stride not 1
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set of the CPU backend; skipped without a compiled module."""
+    before = _binary._C.isa()
+    _binary._C.set_isa(request.param)
+    with pyfused.use_backend("cpu"):
+        yield
+    _binary._C.set_isa(before)
+
+
+def problem(shape, dtype=torch.float32, seed=0, scale=2.0):
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(shape, generator=g) * scale).to(dtype).requires_grad_()
+    return x, torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
+
+
+def gradient(loss, x, *upstream):
+    return torch.autograd.grad(loss, x, *upstream, retain_graph=True)[0]
+
+
+# --- The elementary functions, seen through the op: relative errors in units in the last place, against long double
+@pytest.mark.parametrize("dtype, lowest", [(torch.float32, -87.0), (torch.float64, -700.0)])
+def test_exp_log1p_and_tanh_are_within_2_ulp(isa, dtype, lowest):
+    n = 20000
+    g = torch.Generator().manual_seed(0)
+    z = torch.zeros(n, 2, dtype=dtype)
+    z[:, 1] = torch.rand(n, generator=g, dtype=torch.float64) * lowest
+    z.requires_grad_()
+    target = torch.zeros(n, dtype=torch.int64)
+    loss, lse = PF.cross_entropy(z, target, reduction="none", return_lse=True)
+    e = np.exp(z[:, 1].detach().numpy().astype(np.longdouble))
+    assert ulps(gradient(lse.sum(), z)[:, 1], e / (1 + e)) < 2
+    assert ulps(loss, np.log1p(e)) < 2
+    x = ((torch.rand(n, 1, generator=g, dtype=torch.float64) - 0.5) * torch.logspace(-6, 1.5, n).unsqueeze(1)).to(dtype)
+    _, capped = PF.cross_entropy(x, target, return_lse=True, softcap=1.0)  # of one class: the logit itself
+    assert ulps(capped, np.tanh(x[:, 0].numpy().astype(np.longdouble))) < 2
+
+
+def ulps(got: torch.Tensor, truth) -> float:
+    error = np.abs(got.detach().numpy().astype(np.longdouble) - truth) / np.abs(truth)
+    return float(np.nanmax(error)) / torch.finfo(got.dtype).eps
+
+
+# --- Confident rows
+@pytest.mark.parametrize("classes", [3, 64])
+@pytest.mark.parametrize("margin", [5.0, 17.0, 40.0, 80.0])
+def test_gradient_of_a_confident_row_is_kept(variant, classes, margin):
+    """Past 16.6 nats float32 eager has p_t = 1 and a gradient of exactly 0."""
+    x = torch.zeros(2, classes)
+    x[:, 1] = margin
+    x.requires_grad_()
+    target = torch.tensor([1, 1])
+    got = gradient(PF.cross_entropy(x.to(variant), target.to(variant), reduction="sum"), x)
+    # (p_t - 1), which float64 arithmetic loses too, only later
+    others = (classes - 1) * torch.exp(torch.tensor(-margin, dtype=torch.float64))
+    torch.testing.assert_close(got[:, 1].double(), (-others / (1 + others)).expand(2), rtol=2e-6, atol=0)
+
+
+def test_loss_of_a_confident_row_is_kept():
+    x = torch.zeros(1, 64)
+    x[0, 5] = 40.0
+    exact = torch.log1p(63 * torch.exp(torch.tensor(-40.0, dtype=torch.float64)))
+    torch.testing.assert_close(PF.cross_entropy(x, torch.tensor([5])).double(), exact, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", LAYOUTS)
+def test_a_common_offset_loses_no_digits(shape):
+    """lse = 30000.7 has 2e-3 between neighbours in float32; maximum and sum are saved apart."""
+    x, target = problem(shape)
+    x = (x.detach() * 64).round().div(64).requires_grad_()  # so that the sum below is exact
+    shifted = (x.detach() + 30000).requires_grad_()
+    torch.testing.assert_close(
+        gradient(PF.cross_entropy(shifted, target), shifted), gradient(PF.cross_entropy(x, target), x), rtol=0, atol=0
+    )
+
+
+# --- Upstream gradients, second backwards, other users of the logits
+@pytest.mark.parametrize("shape", LAYOUTS)
+def test_second_backward_gives_the_same(shape):
+    x, target = problem(shape)
+    loss = PF.cross_entropy(x, target)
+    upstream = torch.tensor(3.0)
+    first = gradient(loss, x, upstream).clone()
+    assert torch.equal(gradient(loss, x, upstream), first)
+
+
+@pytest.mark.parametrize("shape", LAYOUTS)
+def test_upstream_gradient_of_stride_0(shape):
+    x, target = problem(shape)
+    loss = PF.cross_entropy(x, target, reduction="none")
+    expanded = torch.tensor(3.0).expand(loss.shape)
+    assert torch.equal(gradient(loss, x, expanded), gradient(loss, x, expanded.contiguous()))
+    torch.testing.assert_close(gradient(loss.sum() * 3, x), gradient(loss, x, expanded))
+
+
+def test_upstream_gradient_per_row():
+    x, target = problem((6, 50))
+    target[0] = -100  # the first row ignored: elsewhere its upstream gradient scaled every row
+    loss = PF.cross_entropy(x, target, reduction="none")
+    upstream = torch.arange(6.0)
+    torch.testing.assert_close(
+        gradient(loss, x, upstream), gradient(F.cross_entropy(x, target, reduction="none"), x, upstream)
+    )
+
+
+def test_an_auxiliary_loss_on_the_same_logits():
+    x, target = problem((6, 50))
+    logits = x * 1
+    ours = gradient(PF.cross_entropy(logits, target) + logits.square().sum(), x)
+    logits = x * 1
+    torch.testing.assert_close(ours, gradient(F.cross_entropy(logits, target) + logits.square().sum(), x))
+
+
+# --- In place
+@pytest.mark.parametrize("shape", [*LAYOUTS, (2, 5, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace_writes_the_gradient_over_the_logits(shape, dtype):
+    x, target = problem(shape, dtype)
+    expected = gradient(PF.cross_entropy(x, target), x)
+    logits = x * 1
+    memory = logits.data_ptr()
+    logits.register_hook(lambda g: seen.append(g.data_ptr()))
+    seen = []
+    loss = PF.cross_entropy(logits, target, inplace=True)
+    loss.backward()
+    assert seen == [memory]
+    assert torch.equal(x.grad, expected)
+
+
+def test_inplace_second_backward_raises():
+    x, target = problem((6, 50))
+    loss = PF.cross_entropy(x * 1, target, inplace=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_makes_other_users_of_the_logits_raise():
+    x, target = problem((6, 50))
+    logits = x * 1
+    other = logits.square().sum()  # saves the logits
+    PF.cross_entropy(logits, target, inplace=True).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_inplace_refuses_leaves_and_expanded_tensors():
+    x, target = problem((6, 50))
+    with pytest.raises(RuntimeError, match="leaf"):
+        PF.cross_entropy(x, target, inplace=True)
+    with pytest.raises(RuntimeError, match="leaf"):
+        PF.cross_entropy(x[1:], target[1:], inplace=True)
+    with pytest.raises(RuntimeError, match="expanded"):
+        PF.cross_entropy((x[:1] * 1).expand(6, 50), target, inplace=True)
+    with torch.no_grad():
+        before = x.clone()
+        PF.cross_entropy(x, target, inplace=True)
+    assert torch.equal(x, before)
+
+
+# --- Bad input
+@pytest.mark.parametrize("shape", LAYOUTS)
+@pytest.mark.parametrize("bad", [-1, -101, 10**9, 2**40])
+def test_label_out_of_range_names_row_and_value(shape, bad):
+    """Elsewhere: out-of-bounds reads, a loss of 0 or inf, or the next row's loss and gradient corrupted."""
+    x, target = problem(shape)
+    target.view(-1)[4] = bad
+    before = x.detach().clone()
+    with pytest.raises(IndexError, match=rf"target {bad} is out of bounds.*\[4\].*{shape[1]}"):
+        PF.cross_entropy(x, target)
+    assert torch.equal(x, before)
+
+
+def test_label_equal_to_the_number_of_classes():
+    with pytest.raises(IndexError, match="target 5"):
+        PF.cross_entropy(torch.zeros(3, 5), torch.tensor([5, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    "shape, target, options",
+    [
+        ((4, 5), torch.zeros(3, dtype=torch.int64), {}),
+        ((4, 5), torch.zeros(4, 1, dtype=torch.int64), {}),
+        ((4, 5), torch.zeros(4, dtype=torch.int32), {}),
+        ((4, 5), torch.zeros(4), {}),
+        ((4, 5), torch.zeros(4, 5, dtype=torch.int64), {}),
+        ((4, 5, 2), torch.zeros(4, 3, dtype=torch.int64), {}),
+        ((4, 5, 2), torch.zeros(4, 2, dtype=torch.uint8), {}),
+        ((), torch.tensor(0), {}),
+        ((4, 5), torch.zeros(4, dtype=torch.int64), {"weight": torch.ones(4)}),
+        ((4, 5), torch.zeros(4, dtype=torch.int64), {"weight": torch.ones(5, dtype=torch.float64)}),
+        ((4, 5), torch.zeros(4, dtype=torch.int64), {"reduction": "average"}),
+        ((4, 5), torch.zeros(4, dtype=torch.int64), {"label_smoothing": 1.5}),
+        ((4, 5), torch.full((4, 5), 0.2), {"ignore_index": 0}),
+    ],
+)
+def test_errors_are_eagers(shape, target, options):
+    x = torch.randn(shape)
+    with pytest.raises(Exception) as eager:
+        F.cross_entropy(x, target, **options)
+    with pytest.raises(type(eager.value)) as ours:
+        PF.cross_entropy(x, target, **options)
+    assert str(eager.value) in str(ours.value)
+
+
+def test_softcap_must_be_positive():
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        PF.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), softcap=-1.0)
+
+
+def test_uint8_labels():
+    x, target = problem((6, 50))
+    assert torch.equal(PF.cross_entropy(x, target.byte()), PF.cross_entropy(x, target))
+
+
+# --- Edges
+@pytest.mark.parametrize("shape", LAYOUTS)
+def test_all_rows_ignored(shape):
+    x, target = problem(shape)
+    target.fill_(-100)
+    mean, total = PF.cross_entropy(x, target), PF.cross_entropy(x, target, reduction="sum")
+    assert mean.isnan() and total == 0
+    assert not gradient(mean, x).any() and not gradient(total, x).any()
+
+
+@pytest.mark.parametrize("shape", LAYOUTS)
+def test_nan_in_an_ignored_row_poisons_nothing(shape):
+    """Unlike eager, whose gradient of an ignored row is NaN where its logits are: 0 x NaN."""
+    x, target = problem(shape)
+    row = torch.zeros(target.shape, dtype=torch.bool)
+    row.view(-1)[2] = True
+    target[row] = -100
+    x.data.movedim(1, -1)[row] = torch.nan
+    loss = PF.cross_entropy(x, target)
+    assert loss.isfinite()
+    grad = gradient(loss, x)
+    assert grad.isfinite().all() and not grad.movedim(1, -1)[row].any()
+
+
+def test_fp16_under_loss_scaling_keeps_its_gradient():
+    """Softmax minus target, divided by the rows and stored in fp16 before the loss scale is applied, is mostly 0."""
+    x, target = problem((4096, 64), torch.float16)
+    scaled = gradient(PF.cross_entropy(x, target), x, torch.tensor(32768.0, dtype=torch.float16))
+    exact = x.detach().double().requires_grad_()
+    truth = gradient(F.cross_entropy(exact, target) * 32768, exact)
+    torch.testing.assert_close(scaled.double(), truth, rtol=2e-3, atol=1e-6)
+
+
+def test_16_bit_losses_are_computed_in_float32():
+    x, target = problem((64, 1000), torch.bfloat16)
+    loss = PF.cross_entropy(x, target)
+    exact = F.cross_entropy(x.double(), target)
+    assert loss.dtype == torch.bfloat16 and loss == exact.bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_float32(dtype):
+    x, target = problem((6, 50), dtype)
+    weight = torch.rand(50)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, eager = PF.cross_entropy(x, target, weight), F.cross_entropy(x, target, weight)
+    assert ours.dtype == eager.dtype == torch.float32
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(gradient(ours, x), gradient(eager, x))
+
+
+@pytest.mark.parametrize("shape", [(3000, 10), (300, 1000), (3, 33000), (2, 21, 40, 50)])
+def test_same_bits_on_any_number_of_threads(shape):
+    x, target = problem(shape)
+    before = torch.get_num_threads()
+    seen = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        loss = PF.cross_entropy(x, target)
+        seen.append((loss.detach(), gradient(loss, x)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
+
+
+def test_gradients_of_probabilities_and_their_weights():
+    x, _ = problem((6, 5))
+    target = torch.rand(6, 5, requires_grad=True)
+    weight = torch.rand(5, requires_grad=True)
+    ours = torch.autograd.grad(PF.cross_entropy(x, target, weight), (x, target, weight))
+    eager = torch.autograd.grad(F.cross_entropy(x, target, weight), (x, target, weight))
+    for a, b in zip(ours, eager):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_gradient_of_lse_is_the_softmax():
+    x, target = problem((6, 50))
+    target[:] = -100  # ignored rows have a log-sum-exp all the same
+    _, lse = PF.cross_entropy(x, target, return_lse=True)
+    torch.testing.assert_close(gradient(lse.sum(), x), x.softmax(1))
+
+
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+def test_softcap_of_masked_classes(softcap):
+    """-inf becomes -softcap, a finite logit, as the formula says; lanes past the last class must not."""
+    x, target = problem((6, 43))
+    x.data[:, 40:] = -torch.inf
+    expected = F.cross_entropy(softcap * torch.tanh(x / softcap), target)
+    torch.testing.assert_close(PF.cross_entropy(x, target, softcap=softcap), expected)
+
+
+def test_dense_strides_that_do_not_collapse():
+    """(N, C, H, W) with H and W swapped in memory: positions are no single dimension, so the logits are copied once."""
+    x = torch.randn(2, 5, 3, 4).transpose(2, 3).requires_grad_()
+    target = torch.randint(5, (2, 4, 3))
+    torch.testing.assert_close(PF.cross_entropy(x, target), F.cross_entropy(x, target))
+    torch.testing.assert_close(gradient(PF.cross_entropy(x, target), x), gradient(F.cross_entropy(x, target), x))
+
+
+def test_expanded_logits():
+    x = torch.randn(1, 50, requires_grad=True)
+    target = torch.randint(50, (6,))
+    wide = x.expand(6, 50)
+    torch.testing.assert_close(gradient(PF.cross_entropy(wide, target), x), gradient(F.cross_entropy(wide, target), x))
+
+
+def test_offsets_beyond_32_bits():
+    """Two rows 2^31 elements apart; the 4 GiB in between are never touched and so take no memory."""
+    x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 50), (2**31, 1))
+    x.copy_(torch.randn(2, 50))
+    target = torch.tensor([3, 7])
+    torch.testing.assert_close(PF.cross_entropy(x, target), F.cross_entropy(x.contiguous(), target))
+
+
+def test_module():
+    x, target = problem((6, 50))
+    weight = torch.rand(50)
+    ours = pnn.CrossEntropyLoss(weight, label_smoothing=0.1, z_loss=0.01, softcap=3.0)
+    eager = torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1)
+    assert ours.state_dict().keys() == eager.state_dict().keys()
+    expected = PF.cross_entropy(x, target, weight, label_smoothing=0.1, z_loss=0.01, softcap=3.0)
+    assert torch.equal(ours(x, target), expected)
+    torch.testing.assert_close(pnn.CrossEntropyLoss(weight)(x, target), F.cross_entropy(x, target, weight))

@@ -1,0 +1,147 @@
+"""linear_cross_entropy beyond the case table: memory, repeated backwards, precision, errors, the module."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyfused.functional as PF
+from pyfused import nn as pnn
+from pyfused.ops import linear_cross_entropy as page
+
+
+def problem(rows=9, dim=8, classes=50, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, dim, generator=g).to(dtype).requires_grad_()
+    w = (torch.randn(classes, dim, generator=g) * 0.5).to(dtype).requires_grad_()
+    b = torch.randn(classes, generator=g).to(dtype).requires_grad_()
+    return x, w, b, torch.randint(classes, (rows,), generator=g)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_second_backward_gives_the_same(reduction):
+    x, w, b, target = problem()
+    loss = PF.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+    upstream = torch.full(loss.shape, 3.0)
+    first = [g.clone() for g in torch.autograd.grad(loss, (x, w, b), upstream, retain_graph=True)]
+    for a, b_ in zip(first, torch.autograd.grad(loss, (x, w, b), upstream)):
+        assert torch.equal(a, b_)
+
+
+def test_only_the_gradients_asked_for():
+    x, w, b, target = problem()
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(x, w, b), target), (x, w, b))
+    for i, wanted in enumerate((x, w, b)):
+        given = [t if t is wanted else t.detach() for t in (x, w, b)]
+        loss = PF.linear_cross_entropy(given[0], given[1], target, linear_bias=given[2])
+        torch.testing.assert_close(torch.autograd.grad(loss, wanted)[0], expected[i])
+
+
+def test_all_rows_ignored():
+    x, w, b, target = problem()
+    loss = PF.linear_cross_entropy(x, w, torch.full_like(target, -100), linear_bias=b)
+    assert loss.isnan()
+    assert all(not g.any() for g in torch.autograd.grad(loss, (x, w, b)))
+
+
+def test_chunks_agree_with_all_rows_at_once():
+    x, w, b, target = problem(rows=10)
+    target[3] = -100
+    args = (x.detach(), w.detach(), b.detach(), target, None, [True] * 3, 1, -100, 0.1, 0.01, 0.0)
+    whole = page.run_forward(page.all_rows(*args[:2]), *args)
+    for rows in (1, 3, 5, 9):
+        for a, e in zip(page.run_forward(x.new_empty(rows, 50), *args), whole):
+            torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weight_gradients_accumulate_in_float32(dtype):
+    """2000 chunks of one row: summed in bfloat16, additions of less than 1/256 of the sum would be lost."""
+    x, w, b, target = problem(rows=2000, dtype=dtype)
+    args = (x.detach(), w.detach(), b.detach(), target, None, [True] * 3, 2, -100, 0.0, 0.0, 0.0)
+    *_, d_weight, d_bias = page.run_forward(x.new_empty(1, 50), *args)
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    truth = torch.autograd.grad(F.cross_entropy(F.linear(*exact), target, reduction="sum"), exact)
+    assert d_weight.dtype == d_bias.dtype == torch.float32
+    for got, t in zip((d_weight, d_bias), truth[1:]):
+        assert (got - t).abs().max() < 2 * torch.finfo(dtype).eps * t.abs().max()
+
+
+def test_fp16_mean_over_many_rows_does_not_underflow():
+    x, w, b, target = problem(rows=4096, dtype=torch.float16)
+    loss = PF.linear_cross_entropy(x, w, target, linear_bias=b)
+    (got,) = torch.autograd.grad(loss.float() * 4096, b)
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    truth = torch.autograd.grad(F.cross_entropy(F.linear(*exact), target) * 4096, exact)[2]
+    torch.testing.assert_close(got.double(), truth, rtol=5e-3, atol=5e-3 * truth.abs().max().item())
+
+
+def test_memory_is_a_chunk_not_all_logits():
+    """The largest tensors alive at once, counted by the profiler: logits of all rows would be 100 MB."""
+    x, w, b, target = problem(rows=2500, dim=4, classes=10000)
+    del b
+    with torch.profiler.profile(profile_memory=True) as profile:
+        PF.linear_cross_entropy(x, w, target).backward()
+    largest = max((e.cpu_memory_usage for e in profile.events()), default=0)
+    assert largest < 25e6, f"{largest} bytes at once"
+
+
+def test_no_gradient_wanted_no_gradient_made():
+    x, w, b, target = problem()
+    with torch.no_grad():
+        args = (x, w, b, target, None, [False] * 3, 1, -100, 0.0, 0.0, 0.0)
+        _, _, _, *grads = torch.ops.pyfused.linear_cross_entropy(*args)
+    assert all(g.numel() == 0 for g in grads)
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_label_out_of_range(bad, reduction):
+    x, w, b, target = problem()
+    target[4] = bad
+    with pytest.raises(IndexError, match=f"target {bad} is out of bounds"):
+        PF.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+
+
+def test_bad_class_weights_and_labels_raise_what_eager_raises():
+    x, w, b, target = problem()
+    for options in ({"weight": torch.ones(3)}, {"reduction": "average"}, {"label_smoothing": 2.0}):
+        with pytest.raises(Exception) as eager:
+            F.cross_entropy(F.linear(x, w, b), target, **options)
+        with pytest.raises(type(eager.value)) as ours:
+            PF.linear_cross_entropy(x, w, target, linear_bias=b, **options)
+        assert str(eager.value) in str(ours.value)
+
+
+def test_autocast():
+    x, w, b, target = problem(rows=64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = PF.linear_cross_entropy(x, w, target, linear_bias=b)
+        eager = F.cross_entropy(F.linear(x, w, b), target)
+    assert ours.dtype == eager.dtype == torch.float32
+    torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2)
+    assert torch.autograd.grad(ours, w)[0].dtype == torch.float32
+
+
+def test_k_dimensional_loss():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, generator=g, requires_grad=True)
+    w = torch.randn(5, 2, 2, 3, generator=g, requires_grad=True)
+    target = torch.randint(5, (4, 2, 2), generator=g)
+    expected = F.cross_entropy(F.linear(x, w.reshape(-1, 3)).reshape(4, 5, 2, 2), target)
+    torch.testing.assert_close(PF.linear_cross_entropy(x, w, target), expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch.nn.LinearCrossEntropyLoss: torch >= 2.13"
+)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "label_smoothing": 0.1}, {"out_features": (2,), "bias": True}])
+def test_module(options):
+    torch.manual_seed(0)
+    eager = torch.nn.LinearCrossEntropyLoss(8, 50, **options)
+    ours = pnn.LinearCrossEntropyLoss(8, 50, **options)
+    ours.load_state_dict(eager.state_dict())
+    x = torch.randn(6, 8)
+    target = torch.randint(50, (6, *options.get("out_features", ())))
+    torch.testing.assert_close(ours(x, target), eager(x, target))
+    with pytest.raises(RuntimeError, match="weight"):
+        pnn.LinearCrossEntropyLoss(8, 50, weight=torch.ones(3))
