@@ -6,6 +6,7 @@ epoch each and in alternating order, so that a disturbance of the machine hits a
 
 import contextlib
 import multiprocessing
+import signal
 import statistics
 import traceback
 from collections.abc import Callable, Sequence
@@ -132,6 +133,7 @@ def work(job: Job, pipe: Connection) -> None:
         if step % REPORT_EVERY == 0:
             pipe.send(("step", step))
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the demo's to handle: it ends its processes
     try:
         torch.set_num_threads(job.threads)
         task = TASKS[job.task](job.data)
@@ -140,7 +142,7 @@ def work(job: Job, pipe: Connection) -> None:
             model.to(memory_format=torch.channels_last)
         rows = train(task, model, epochs=job.epochs, seed=job.seed, on_step=on_step)
         reset_peak_memory()
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, BrokenPipeError):  # the demo is done, or was stopped
             while pipe.recv():
                 pipe.send(("epoch", (next(rows), peak_memory())))
     except Exception:
