@@ -370,7 +370,9 @@ LINEAR_CROSS_ENTROPY: list[Case] = [
 
 
 # --- embedding_dot ---------------------------------------------------------------------------------------------------------
-def embedding_case(name, why, users=7, items=9, batch=5, per_user=None, dim=16, bias=False, ids=torch.int64, **options):
+def embedding_case(
+    name, why, users=7, items=9, batch=5, per_user=None, dim=16, bias=False, ids=torch.int64, dtypes=DTYPES, **options
+):  # fmt: skip
     def make(g):
         shape = (batch,) if per_user is None else (batch, per_user)
         tables = {"user_weight": randn(g, users, dim), "item_weight": randn(g, items, dim)}
@@ -380,7 +382,7 @@ def embedding_case(name, why, users=7, items=9, batch=5, per_user=None, dim=16, 
         return {**ids_of, **tables, **options}
 
     weights, biases = ("user_weight", "item_weight"), ("user_bias", "item_bias")
-    return Case("embedding_dot", name, why, make, (*weights, *(biases if bias else ())))
+    return Case("embedding_dot", name, why, make, (*weights, *(biases if bias else ())), dtypes)
 
 
 def strided_embedding(g):
@@ -404,14 +406,20 @@ EMBEDDING_DOT: list[Case] = [
     embedding_case("bias-per-user", "the user's bias goes to all K of its scores", bias=True, per_user=3),
     embedding_case("int32", "32-bit ids", ids=torch.int32, per_user=2),
     embedding_case(
-        "padding", "rows without gradient, biases too, counted from the end", bias=True, per_user=9, padding_idx=-2
+        "padding", "rows without gradient, biases too, counted from the end", bias=True, per_user=4, padding_idx=-2
     ),
     embedding_case("padding-pair", "a padding row in one table only, its last", batch=40, padding_idx=(None, 8)),
     embedding_case("all-padding", "every id is padding: no row gets a gradient", users=1, padding_idx=(0, None)),
     embedding_case("sparse", "coalesced sparse gradients", batch=40, bias=True, sparse=True),
     embedding_case("sparse-padding", "the padding row is left out", batch=12, per_user=3, padding_idx=3, sparse=True),
     embedding_case(
-        "one-row", "all gradients of a table go to one row, over many chunks", users=1, batch=1500, dim=24, bias=True
+        "one-row",
+        "all gradients of a table go to one row, over many chunks",
+        users=1,
+        batch=1500,
+        dim=24,
+        dtypes=LONG_SUMS,
+        bias=True,
     ),
     embedding_case(
         "chunks", "runs that end at, before and after the borders of chunks", users=5, items=700, batch=1100, dim=8
@@ -434,7 +442,7 @@ EMBEDDING_DOT: list[Case] = [
         embedding_case(f"dim-{dim}", "tails: shorter than a vector, one past it, several widths", dim=dim, batch=30)
         for dim in (1, 3, 4, 5, 8, 9, 15, 17, 31, 64, 65, 100, 129, 200)
     ),
-    embedding_case("dim-4096", "long rows", dim=4096),
+    embedding_case("dim-4096", "long rows", dim=4096, dtypes=LONG_SUMS),
 ]
 
 # --- in_batch_cross_entropy -------------------------------------------------------------------------------------------

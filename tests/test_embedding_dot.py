@@ -1,6 +1,7 @@
 """embedding_dot beyond the case table: determinism, half-precision sums, sparse gradients, bad ids and arguments."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -65,6 +66,21 @@ def test_half_precision_gradients_are_summed_in_float(dtype):
     for grad in torch.autograd.grad(scores.sum(), [user_weight, user_bias]):
         assert (grad[0] == torch.tensor(5000.0).to(dtype)).all()
         assert (grad[1] == 0).all()
+
+
+@native
+def test_float64_against_exact_sums():
+    """Long sums err by less than n/8 (lanes, chunks) roundings of the sum of magnitudes; math.fsum is exact."""
+    (user_weight, item_weight), n = tables(1, 3, dim=4096, dtype=torch.float64), 1500
+    products = (user_weight[0] * item_weight[1]).tolist()
+    score = embedding_dot(torch.tensor(0), torch.tensor(1), user_weight, item_weight).item()
+    assert abs(score - math.fsum(products)) <= 4096 / 8 * 2**-53 * math.fsum(map(abs, products))
+    item = ids(3, n)
+    (grad,) = grads(embedding_dot, torch.zeros_like(item), item, [user_weight, item_weight])[:1]
+    upstream = torch.randn(n, generator=torch.Generator().manual_seed(1)).double()
+    for d in (0, 7, 4095):
+        terms = (upstream * item_weight[item, d]).tolist()
+        assert abs(grad[0, d].item() - math.fsum(terms)) <= n / 8 * 2**-53 * math.fsum(map(abs, terms))
 
 
 @pytest.mark.parametrize("padding_idx", [None, 3, -1, (None, 5), (2, None)])
