@@ -3,8 +3,8 @@
     logits = input · linear_weightᵀ + linear_bias;   loss = cross_entropy(logits, target, ...)
 
 Rows are taken in chunks: logits of a chunk into a buffer, loss, gradient of the logits over the same buffer, and from
-it the chunk's part of d_input, d_weight and d_bias. For reduction "mean" and "sum" this happens in forward, with upstream
-gradient 1 and before the division by the mean's denominator (which would underflow in fp16); backward scales. For "none",
+it the chunk's part of d_input, d_weight and d_bias. For reductions "mean" and "sum" that is in forward, for upstream
+gradient 1 and before the division by the mean's denominator (it would underflow in fp16); backward scales. For "none",
 whose upstream gradients are known only then, backward computes the logits again.
 """
 
