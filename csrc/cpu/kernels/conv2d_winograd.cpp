@@ -193,14 +193,16 @@ Status conv2d_winograd_transform_weight(View transformed, View weight, bool tran
   PYFUSED_REQUIRE(transformed.dtype == DType::f32 && transformed.contiguous() &&
                       transformed.numel() == kPoints * depth * panels * kPanel,
                   "transformed", "must be 36 * C * round_up(O, 16) contiguous float32");
+  int64_t offset[9];
+  for (int tap = 0; tap < 9; ++tap) offset[tap] = tap / 3 * weight.strides[2] + tap % 3 * weight.strides[3];
   parallel_for(panels * depth, 64, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t panel = row / depth, count = min<int64_t>(kPanel, outputs - panel * kPanel);
       const float* from = weight.as<float>() + panel * kPanel * output_stride + row % depth * depth_stride;
       float taps[9][kPanel] = {};
-      for (int64_t o = 0; o < count; ++o)
-        for (int tap = 0; tap < 9; ++tap)
-          taps[tap][o] = from[o * output_stride + tap / 3 * weight.strides[2] + tap % 3 * weight.strides[3]];
+      for (int64_t o = 0; o < count; ++o, from += output_stride)
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) taps[tap][o] = from[offset[tap]];
       for (int o = 0; o < kPanel; o += lanes<float>) {
         V w[9], u[kPoints];
 #pragma GCC unroll 9

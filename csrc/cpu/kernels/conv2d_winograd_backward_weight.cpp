@@ -24,8 +24,8 @@ constexpr int64_t kTiles = 64;
 
 // D[o][c] (+)= ∑_t Z[t][o] V[t][c] for one point, all o and `vectors` <= kVectors vectors of c.
 template <bool Add>
-PYFUSED_INLINE void add_products(const float* z, int64_t z_row, const float* v, int64_t v_row, int64_t tiles,
-                                 int64_t outputs, int vectors, float* d, int64_t d_row) {
+void add_products(const float* z, int64_t z_row, const float* v, int64_t v_row, int64_t tiles, int64_t outputs,
+                  int vectors, float* d, int64_t d_row) {
   with_constant<kVectors>(vectors, [&](auto width) {
     int64_t o = 0;
     for (; o + kRows <= outputs; o += kRows)
@@ -64,7 +64,8 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
   int64_t z_point = tiles * z_row + kSkew, v_point = tiles * v_row + kSkew, d_point = outputs * v_row + kSkew;
   auto* z = static_cast<float*>(scratch(0, sizeof(float) * (kPoints * (z_point + v_point + d_point) + z_row)));
   float *v = z + kPoints * z_point, *d = v + kPoints * v_point, *bias = d + kPoints * d_point;
-  std::memset(d, 0, sizeof(float) * (kPoints * d_point + z_row));
+  std::memset(bias, 0, sizeof(float) * z_row);
+  if (!grid.count) std::memset(d, 0, sizeof(float) * kPoints * d_point);
   int64_t width = kVectors * lanes<float>, groups = ceil_div(v_row, width);
   for (int64_t first = 0; first < grid.count; first += kTiles) {
     int64_t count = min(kTiles, grid.count - first);
@@ -76,8 +77,8 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
       for (int64_t item = begin; item < end; ++item) {
         int64_t k = item / groups, c = item % groups * width;
         int vectors = static_cast<int>(min(width, v_row - c) / lanes<float>);
-        add_products<true>(z + k * z_point, z_row, v + k * v_point + c, v_row, count, outputs, vectors,
-                           d + k * d_point + c, v_row);
+        auto* add = first == 0 ? add_products<false> : add_products<true>;  // D is large: no pass to clear it
+        add(z + k * z_point, z_row, v + k * v_point + c, v_row, count, outputs, vectors, d + k * d_point + c, v_row);
       }
     });
     const float* sums = z + 7 * z_point;  // the point (1, 1)
