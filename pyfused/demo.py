@@ -21,7 +21,7 @@ from .train import TASKS, Digits, Movies, steps_per_epoch, train, write_csv
 
 EARLY_STEPS = 10  # rounding differences grow with every step, so eager and fused are compared after these
 REPORT_EVERY = 20  # steps between two messages of a training process
-COLORS = {"eager": "#79706e", "eager, channels_last": "#4c78a8", "fused": "#e45756"}
+COLORS = {"eager": "#79706e", "eager NHWC": "#4c78a8", "fused": "#e45756"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run_demo(data: Path | None, out: Path, epochs: dict[str, int], seed: int, th
     console.print(f"curves, summary, kernel timings and plots are in {out}", highlight=False)
 
 
-def compete(jobs: Sequence[Job], steps_per_epoch: int, console) -> list[Outcome]:
+def compete(jobs: Sequence[Job], epoch_steps: int, console) -> list[Outcome]:
     """Runs the jobs, one process each, an epoch at a time in turns."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -89,7 +89,7 @@ def compete(jobs: Sequence[Job], steps_per_epoch: int, console) -> list[Outcome]
             process.start()
             far_end.close()  # so that the pipe ends when the process does
             stack.callback(process.terminate)
-            total = job.epochs * steps_per_epoch
+            total = job.epochs * epoch_steps
             bars.append(progress.add_task(f"{job.task}, {job.contender}", total=total, start=False))
             processes.append(process)
             pipes.append(pipe)
@@ -97,6 +97,7 @@ def compete(jobs: Sequence[Job], steps_per_epoch: int, console) -> list[Outcome]
             for k in list(range(len(jobs)))[:: -1 if epoch % 2 else 1]:
                 progress.start_task(bars[k])
                 take_turn(outcomes[k], pipes[k], lambda steps, k=k: progress.update(bars[k], completed=steps))
+                progress.update(bars[k], completed=(epoch + 1) * epoch_steps)
         for process, pipe in zip(processes, pipes, strict=True):
             pipe.close()
             process.join()
@@ -138,7 +139,7 @@ def work(job: Job, pipe: Connection) -> None:
         torch.set_num_threads(job.threads)
         task = TASKS[job.task](job.data)
         model = task.model(job.contender == "fused", job.seed)
-        if "channels_last" in job.contender:
+        if "NHWC" in job.contender:
             model.to(memory_format=torch.channels_last)
         rows = train(task, model, epochs=job.epochs, seed=job.seed, on_step=on_step)
         reset_peak_memory()
@@ -189,17 +190,19 @@ Results = list[tuple[Digits | Movies, list[Outcome]]]
 
 def table(results: Results):
     """The table that the demo prints."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     caption = (
-        "s/epoch: median, training only. Peak memory: the most one whole process had resident (Python, PyTorch, data, "
-        f"model, activations). Difference: the largest in any parameter from eager's after {EARLY_STEPS} Adam steps."
+        "s/epoch: median, training only. MiB: the most the whole process had resident (Python, PyTorch, data, model, "
+        f"activations). differs: the largest difference of any parameter from eager's after {EARLY_STEPS} Adam steps."
     )
-    result = Table("model", "run", title="eager PyTorch and pyfused on real data, same seed", caption=caption)
-    for name in ("accuracy", "HR@10", "NDCG@10", "s/epoch", "speed-up", "peak MiB", "difference"):
-        result.add_column(name, justify="right")
+    layout = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "caption": caption}  # fits a terminal of 80 columns
+    result = Table("model", "run", title="eager PyTorch and pyfused on real data, same seed", **layout)
+    for name in ("accuracy", "HR@10", "NDCG@10", "s/epoch", "speed-up", "MiB", "differs"):
+        result.add_column(name, justify="right", no_wrap=True)
     for task, outcomes in results:
-        label = "MNIST CNN" if isinstance(task, Digits) else "MovieLens recommender"
+        label = "MNIST CNN" if isinstance(task, Digits) else "MovieLens"
         for outcome in outcomes:
             row = summary(outcome, outcomes[0])
             result.add_row(

@@ -162,7 +162,7 @@ def test_peak_memory_sees_a_large_block_and_forgets_it():
 
 def test_processes_take_turns_and_report(folder):
     """Two real training processes: rows of every epoch, parameters that follow each other, a peak of their own."""
-    jobs = [demo.Job("cnn", contender, folder, 6, 0, 1) for contender in ("eager, channels_last", "fused")]
+    jobs = [demo.Job("cnn", contender, folder, 6, 0, 1) for contender in ("eager NHWC", "fused")]
     eager, fused = demo.compete(jobs, 2, Console(file=io.StringIO()))
     assert [row["epoch"] for row in eager.rows] == [1, 2, 3, 4, 5, 6]
     reference, _ = run(Digits(folder), False, epochs=6)
