@@ -4,6 +4,17 @@ from . import backends as _backends  # fills the dispatch table
 from . import functional, nn
 from .dispatch import backends, explain, ops, use_backend
 from .memory import empty_cache, set_cache_limit
+from .ops.conv2d_relu import set_conv_algorithm
 
 __version__ = "0.1.0"
-__all__ = ["backends", "empty_cache", "explain", "functional", "nn", "ops", "set_cache_limit", "use_backend"]
+__all__ = [
+    "backends",
+    "empty_cache",
+    "explain",
+    "functional",
+    "nn",
+    "ops",
+    "set_cache_limit",
+    "set_conv_algorithm",
+    "use_backend",
+]

@@ -482,7 +482,7 @@ IN_BATCH_CROSS_ENTROPY: list[Case] = [
     in_batch_case("hits-blocks", "rows of several blocks of 64 ids and a tail, most without a hit", 203, items=300),
     in_batch_case("int32", "32-bit ids in the gathers, the mask and the sums", 40, items=9, ids=torch.int32),
     in_batch_case("one-pair", "B = 1: no negatives, loss 0", 1, bias=True),
-    in_batch_case("empty-mean", "B = 0: NaN, and zeros for gradients", 0, bias=True, log_q=True),
+    in_batch_case("empty-sum", "B = 0: loss 0, gradients 0", 0, bias=True, log_q=True, reduction="sum"),
     in_batch_case("empty-none", "B = 0: no losses", 0, reduction="none"),
     in_batch_case("one-item", "every other entry masked: loss 0, gradients 0", 20, items=1, bias=True),
     in_batch_case("confident", "scores of some hundreds: softmax of 0 and 1", 33, rows=6.0),

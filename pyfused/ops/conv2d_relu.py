@@ -25,6 +25,31 @@ def reference(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=
     return F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
 
 
+# --- Which algorithms may be used
+_allowed = "auto"
+
+
+def set_conv_algorithm(name: str) -> None:
+    """Which algorithms the CPU convolutions may use, in the whole process.
+
+    Args:
+        name: "auto" (the fastest), "direct" (no Winograd: float32 rounding as in PyTorch) or "winograd" (Winograd
+            wherever it can run, also where it is not the fastest).
+
+    Raises:
+        ValueError: another name.
+    """
+    global _allowed
+    if name not in ("auto", "direct", "winograd"):
+        raise ValueError(f"no convolution algorithm is called {name!r}; there are 'auto', 'direct' and 'winograd'")
+    _allowed = name
+
+
+def allowed_algorithms() -> str:
+    """What set_conv_algorithm was last given."""
+    return _allowed
+
+
 # --- What the convolution ops share: layout and sizes
 def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
     """PyTorch's rule for convolutions: channels_last if the input or the weight is, contiguous otherwise."""

@@ -28,31 +28,53 @@ constexpr int kPooledColumns = 6, kPlainColumns = 12;
 constexpr int kPooledColumns = 2, kPlainColumns = 6;
 #endif
 
+// acc[r * Q + q][v] += one row of taps, for output rows r, `step` apart, and columns q from the input element `x` on. With
+// KW known, its weights stay in registers and every element is broadcast once for all the taps that it meets.
+template <class C, int KW, int SW, int R, int Q, int NV>
+PYFUSED_INLINE void add_taps(Vec<C> (&acc)[R * Q][NV], const C* x, int64_t step, const C* weight, int64_t kw) {
+  if constexpr (KW > 0) {
+    Vec<C> w[KW][NV];
+    for (int j = 0; j < KW; ++j)
+      for (int v = 0; v < NV; ++v) w[j][v] = load(weight + (j * NV + v) * lanes<C>);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+      for (int e = 0; e < (Q - 1) * SW + KW; ++e) {
+        Vec<C> value = splat<C>(x[r * step + e]);
+#pragma GCC unroll 3
+        for (int j = 0; j < KW; ++j)
+          if (int q = (e - j) / SW; e >= j && (e - j) % SW == 0 && q < Q)
+            for (int v = 0; v < NV; ++v) acc[r * Q + q][v] += value * w[j][v];
+      }
+  } else {
+    for (int64_t j = 0; j < kw; ++j, ++x, weight += NV * lanes<C>) {
+      const C* element = x;
+      // Hides that the next tap reads the same elements one column on: GCC would carry them over in registers that the
+      // accumulators need, and a broadcast from memory is free beside two FMAs.
+      asm("" : "+r"(element));
+      Vec<C> w[NV];
+      for (int v = 0; v < NV; ++v) w[v] = load(weight + v * lanes<C>);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+        for (int q = 0; q < Q; ++q) {
+          Vec<C> value = splat<C>(element[r * step + q * SW]);
+          for (int v = 0; v < NV; ++v) acc[r * Q + q][v] += value * w[v];
+        }
+    }
+  }
+}
+
 // acc[r * Q + q][v] = bias + ∑ taps, for output rows r and columns q from the staged element `x` on.
-template <class C, int SW, int R, int Q, int NV>
+template <class C, int KW, int SW, int R, int Q, int NV>
 PYFUSED_INLINE void accumulate(Vec<C> (&acc)[R * Q][NV], const C* x, const C* weight, const C* bias,
                                const DirectSizes& s) {
   for (int v = 0; v < NV; ++v)
     for (int p = 0; p < R * Q; ++p) acc[p][v] = load(bias + v * lanes<C>);
-  for (int64_t c = 0; c < s.c_in; ++c)
-    for (int64_t i = 0; i < s.kh; ++i) {
-      const C* row = x + c * s.plane + i * s.pitch;
-      for (int64_t j = 0; j < s.kw; ++j, weight += NV * lanes<C>) {
-        const C* element = row + j;
-        // Hides that the next tap reads the same elements one column on: GCC would carry them over in registers that
-        // the accumulators need, and a broadcast from memory is free beside two FMAs.
-        asm("" : "+r"(element));
-        Vec<C> w[NV];
-        for (int v = 0; v < NV; ++v) w[v] = load(weight + v * lanes<C>);
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 12
-          for (int q = 0; q < Q; ++q) {
-            Vec<C> value = splat<C>(element[r * s.stride_h * s.pitch + q * SW]);
-            for (int v = 0; v < NV; ++v) acc[r * Q + q][v] += value * w[v];
-          }
-      }
-    }
+  int64_t kw = KW ? KW : s.kw, step = s.stride_h * s.pitch, next_plane = s.plane - s.kh * s.pitch;
+  for (int64_t c = s.c_in; c > 0; --c, x += next_plane)
+    for (int64_t i = s.kh; i > 0; --i, x += s.pitch, weight += kw * NV * lanes<C>)
+      add_taps<C, KW, SW, R, Q, NV>(acc, x, step, weight, kw);
 }
 
 // Where a block of channels of a band goes: vectors over channels, position by position. B = uint8_t: codes go straight
@@ -65,12 +87,12 @@ struct Target {
 };
 
 // One row of a band, columns [from, from + Q·k): whole tiles of Q columns, as many as fit; returns the next column.
-template <class C, int SW, int Q, int NV, class B>
+template <class C, int KW, int SW, int Q, int NV, class B>
 PYFUSED_INLINE int64_t plain_tiles(int64_t column, const C* row, const C* weight, const C* bias, Target<C, B> to,
                                    int64_t channels, const DirectSizes& s) {
   for (; column + Q <= s.columns; column += Q) {
     Vec<C> acc[Q][NV];
-    accumulate<C, SW, 1, Q, NV>(acc, row + column * SW, weight, bias, s);
+    accumulate<C, KW, SW, 1, Q, NV>(acc, row + column * SW, weight, bias, s);
     for (int q = 0; q < Q; ++q)
       for (int v = 0; v < NV; ++v)
         write<C>(to.out + (column + q) * to.step + v * lanes<C>, relu<C>(acc[q][v]),
@@ -80,12 +102,12 @@ PYFUSED_INLINE int64_t plain_tiles(int64_t column, const C* row, const C* weight
 }
 
 // The same for two rows and pooled columns: tiles of 2 x 2Q conv outputs, Q windows.
-template <class C, int SW, int Q, int NV, class B>
+template <class C, int KW, int SW, int Q, int NV, class B>
 PYFUSED_INLINE int64_t pooled_tiles(int64_t column, const C* row, const C* weight, const C* bias, Target<C, B> to,
                                     int64_t channels, const DirectSizes& s) {
   for (; column + Q <= s.columns / 2; column += Q) {
     Vec<C> acc[4 * Q][NV];
-    accumulate<C, SW, 2, 2 * Q, NV>(acc, row + 2 * column * SW, weight, bias, s);
+    accumulate<C, KW, SW, 2, 2 * Q, NV>(acc, row + 2 * column * SW, weight, bias, s);
     for (int q = 0; q < Q; ++q)
       for (int v = 0; v < NV; ++v) {
         Vec<C> best = acc[2 * q][v], place{};
@@ -104,21 +126,22 @@ PYFUSED_INLINE int64_t pooled_tiles(int64_t column, const C* row, const C* weigh
   return column;
 }
 
-template <class C, int SW, int NV, class B>
+template <class C, int KW, int SW, int NV, class B>
 void direct_band(const C* staged, const C* weight, Target<C, B> to, int64_t rows, int64_t channels,
-                 const DirectSizes& s) {
+                 const DirectSizes& sizes) {
+  DirectSizes s = sizes;  // a local copy cannot alias the stores, so it stays in registers
   const C* bias = weight + s.taps() * NV * lanes<C>;
   for (int64_t r = 0; r < rows; r += to.code ? 2 : 1) {
     const C* row = staged + r * s.stride_h * s.pitch;
     if (to.code) {
-      int64_t column = pooled_tiles<C, SW, kPooledColumns / 2, NV>(0, row, weight, bias, to, channels, s);
-      if constexpr (kPooledColumns > 2) pooled_tiles<C, SW, 1, NV>(column, row, weight, bias, to, channels, s);
+      int64_t column = pooled_tiles<C, KW, SW, kPooledColumns / 2, NV>(0, row, weight, bias, to, channels, s);
+      if constexpr (kPooledColumns > 2) pooled_tiles<C, KW, SW, 1, NV>(column, row, weight, bias, to, channels, s);
       to.out += s.columns / 2 * to.step;
       to.code += s.columns / 2 * to.step;
     } else {
-      int64_t column = plain_tiles<C, SW, kPlainColumns, NV>(0, row, weight, bias, to, channels, s);
-      column = plain_tiles<C, SW, 3, NV>(column, row, weight, bias, to, channels, s);
-      plain_tiles<C, SW, 1, NV>(column, row, weight, bias, to, channels, s);
+      int64_t column = plain_tiles<C, KW, SW, kPlainColumns, NV>(0, row, weight, bias, to, channels, s);
+      column = plain_tiles<C, KW, SW, 3, NV>(column, row, weight, bias, to, channels, s);
+      plain_tiles<C, KW, SW, 1, NV>(column, row, weight, bias, to, channels, s);
       to.out += s.columns * to.step;
     }
   }
@@ -128,8 +151,9 @@ template <class C, class B>
 void direct_band(const C* staged, const C* weight, Target<C, B> to, int64_t rows, int64_t channels,
                  const DirectSizes& s) {
   bool narrow = channels <= lanes<C>;
-  auto run = s.stride_w == 1 ? (narrow ? direct_band<C, 1, 1, B> : direct_band<C, 1, 2, B>)
-                             : (narrow ? direct_band<C, 2, 1, B> : direct_band<C, 2, 2, B>);
+  auto run = s.kw == 3 && s.stride_w == 1 ? (narrow ? direct_band<C, 3, 1, 1, B> : direct_band<C, 3, 1, 2, B>)
+             : s.stride_w == 1            ? (narrow ? direct_band<C, 0, 1, 1, B> : direct_band<C, 0, 1, 2, B>)
+                                          : (narrow ? direct_band<C, 0, 2, 1, B> : direct_band<C, 0, 2, 2, B>);
   run(staged, weight, to, rows, channels, s);
 }
 

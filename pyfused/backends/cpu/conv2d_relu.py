@@ -12,35 +12,22 @@ import torch
 
 from ... import _C
 from ...dispatch import kernel
+from ...memory import cached
 from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
 
-_forced = "auto"
-
-
-def set_conv_algorithm(name: str) -> None:
-    """Which algorithms the CPU convolutions may use.
-
-    Args:
-        name: "auto" (the fastest), "direct" (no Winograd: float32 rounding as in PyTorch) or "winograd" (Winograd
-            wherever it can run, also where it is not the fastest).
-
-    Raises:
-        ValueError: another name.
-    """
-    global _forced
-    if name not in ("auto", "direct", "winograd"):
-        raise ValueError(f"no convolution algorithm is called {name!r}; there are 'auto', 'direct' and 'winograd'")
-    _forced = name
-
-
 def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
-    """The algorithm of the forward pass: "direct", "winograd" or "aten"."""
-    _, c_in, kh, kw = weight.shape
+    """The algorithm that takes a convolution: "direct", "winograd" or "aten". Arguments as the registered op's."""
+    c_out, c_in, kh, kw = weight.shape
     if groups != 1 or tuple(dilation) != (1, 1):
         return "aten"
+    winograd = (kh, kw) == (3, 3) and tuple(stride) == (1, 1) and max(padding) <= 2 and input.dtype == torch.float32
+    if winograd and op.allowed_algorithms() == "winograd":
+        return "winograd"
     if c_in <= 4 and max(kh, kw) <= 7 and max(stride) <= 2 and input.dtype != torch.float64:
         return "direct"
+    if winograd and op.allowed_algorithms() == "auto" and min(c_in, c_out) >= 16:
+        return "winograd"
     return "aten"
 
 
@@ -49,33 +36,64 @@ def _dense(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=op.memory_format(like))
 
 
+def _channels_last(x: torch.Tensor, fill: bool = True) -> torch.Tensor:
+    """`x` if it is channels_last, else a channels_last copy; not `fill`: only its allocation."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return (
+        x.contiguous(memory_format=torch.channels_last)
+        if fill
+        else torch.empty_like(x, memory_format=torch.channels_last)
+    )
+
+
 def _aten(input, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     """The convolution alone, dense in the layout that the op promises."""
     out = torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
     return out.contiguous(memory_format=op.memory_format(input, weight))
 
 
+def _transformed(weight: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """The weight as the Winograd kernels take it; `transposed`: for the input's gradient."""
+    channels, outputs = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
+    transformed = weight.new_empty(36 * channels * (-(-outputs // 16) * 16))
+    _C.conv2d_winograd_transform_weight(transformed, weight, transposed, torch.get_num_threads())
+    return transformed
+
+
 @kernel("conv2d_relu", "cpu")
 def forward(*args):
     input, weight, bias, stride, padding, _, _ = args
-    if algorithm(*args) == "direct":
-        out = op.alloc(*args)
-        _C.conv2d_direct(out, None, input, weight, bias, *stride, *padding, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    chosen = algorithm(*args)
+    if chosen == "aten":
+        return op.conform(_aten(*args).relu_(), op.alloc(*args))
+    out = cached(op.alloc(*args))
+    if chosen == "direct":
+        _C.conv2d_direct(out, None, input, weight, bias, *stride, *padding, threads)
         return out
-    out = _aten(*args).relu_()
-    return op.conform(out, op.alloc(*args))
+    result = _channels_last(out, fill=False)
+    _C.conv2d_winograd(result, _channels_last(input), _transformed(weight), bias, *padding, True, threads)
+    return out if result is out else out.copy_(result)
 
 
 @kernel("conv2d_relu_max_pool2d", "cpu")
 def pool_forward(*args):
     input, weight, bias, stride, padding, *_, pool_size, pool_stride = args
-    out, code = pool_op.alloc(*args)
     threads = torch.get_num_threads()
-    if algorithm(*args[:7]) == "direct" and _is_2x2(pool_size, pool_stride):
+    out, code = pool_op.alloc(*args)
+    chosen = algorithm(*args[:7]) if _is_2x2(pool_size, pool_stride) else "aten"
+    if chosen == "direct":
         _C.conv2d_direct(out, code, input, weight, bias, *stride, *padding, threads)
+    elif chosen == "winograd":
+        pooled, places = _channels_last(out, fill=False), _channels_last(code, fill=False)
+        _C.conv2d_winograd_pool(pooled, places, _channels_last(input), _transformed(weight), bias, *padding, threads)
+        if pooled is not out:
+            out.copy_(pooled)
+        if places is not code:
+            code.copy_(places)
     else:
-        activation = forward(*args[:7])
-        _C.relu_max_pool2d(out, code, activation, *pool_size, *pool_stride, threads)
+        _C.relu_max_pool2d(out, code, forward(*args[:7]), *pool_size, *pool_stride, threads)
     return out, code
 
 
@@ -117,14 +135,24 @@ def _is_2x2(pool_size, pool_stride) -> bool:
 
 def _native_backward(grad, input, weight, saved, options, needed):
     """All gradients from the kernels that mask or unpool `grad` themselves, or None where there are none."""
-    stride, padding, _, _ = options
+    _, padding, _, _ = options
     threads = torch.get_num_threads()
-    if algorithm(input, weight, None, *options) == "direct" and needed[1] and not needed[0]:
-        d_input, d_weight, d_bias = op.alloc_grads(input, weight, needed)
-        bias = d_bias if needed[2] else None
-        _C.conv2d_direct_backward_weight(d_weight, bias, grad, saved, input, *stride, *padding, threads)
+    chosen = algorithm(input, weight, None, *options)
+    if not needed[1] or chosen == "aten" or (chosen == "direct" and needed[0]):
+        return None
+    d_input, d_weight, d_bias = op.alloc_grads(input, weight, needed)
+    bias = d_bias if needed[2] else None
+    if chosen == "direct":
+        _C.conv2d_direct_backward_weight(d_weight, bias, grad, saved, input, *options[0], *padding, threads)
         return d_input, d_weight, d_bias
-    return None
+    grad, saved = _channels_last(grad), _channels_last(saved)
+    _C.conv2d_winograd_backward_weight(d_weight, bias, grad, saved, _channels_last(input), *padding, threads)
+    if needed[0]:
+        result = _channels_last(d_input, fill=False)
+        _C.conv2d_winograd_backward_input(result, grad, saved, _transformed(weight, True), *padding, threads)
+        if result is not d_input:
+            d_input.copy_(result)
+    return d_input, d_weight, d_bias
 
 
 def _finish(g, d_bias, input, weight, options, needed):
