@@ -4,6 +4,14 @@ from .ops.conv2d_relu import conv2d_relu
 from .ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from .ops.cross_entropy import cross_entropy
 from .ops.embedding_dot import embedding_dot
+from .ops.in_batch_cross_entropy import in_batch_cross_entropy
 from .ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["conv2d_relu", "conv2d_relu_max_pool2d", "cross_entropy", "embedding_dot", "linear_cross_entropy"]
+__all__ = [
+    "conv2d_relu",
+    "conv2d_relu_max_pool2d",
+    "cross_entropy",
+    "embedding_dot",
+    "in_batch_cross_entropy",
+    "linear_cross_entropy",
+]

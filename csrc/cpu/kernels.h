@@ -30,6 +30,7 @@
     (View grad_input, View grad, View saved, View transformed, int pad_h, int pad_w, int threads))                    \
   K(conv2d_winograd_backward_weight,                                                                                  \
     (View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h, int pad_w, int threads))         \
+  K(mask_accidental_hits, (View scores, View item, int64_t first, int threads))                                       \
   K(embedding_dot,                                                                                                    \
     (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads)) \
   K(embedding_dot_backward, (View weight_grad, View bias_grad, View occurring, View count, View grad, View ids,       \

@@ -1,0 +1,44 @@
+"""in_batch_cross_entropy on the CPU: the BLAS and the kernel of cross_entropy; to mask the scores in between,
+csrc/cpu/kernels/in_batch_cross_entropy.cpp; to sum rows by id, the backward of embedding_dot."""
+
+import torch
+
+from ... import _C
+from ...dispatch import kernel
+from ...memory import cached
+from ...ops import in_batch_cross_entropy as op
+
+
+def _chunk(table, batch):
+    """A buffer for some rows of the scores: 1 MiB, but at least 64 rows, enough for the products to run at speed."""
+    itemsize = op.arithmetic_dtype(table).itemsize
+    most = max(64, (1 << 20) // (max(batch, 1) * itemsize))
+    chunks = max(1, -(-batch // most))
+    rows = max(1, -(-batch // chunks))  # chunks of equal length
+    return cached(table.new_empty(rows, batch, dtype=op.arithmetic_dtype(table)))
+
+
+def _mask(item):
+    item = item.contiguous()
+    return lambda scores, first: _C.mask_accidental_hits(scores, item, first, torch.get_num_threads())
+
+
+def _check_ids(name, ids, table):
+    if not ids.numel():
+        return
+    low, high = (x.item() for x in ids.aminmax())
+    if low < 0 or high >= len(table):
+        at = ((ids < 0) | (ids >= len(table))).nonzero()[0].item()
+        raise IndexError(f"{name} {ids[at].item()} is out of bounds: {name}[{at}] must lie in [0, {len(table)})")
+
+
+@kernel("in_batch_cross_entropy", "cpu")
+def forward(user, item, user_weight, item_weight, *rest):
+    _check_ids("user", user, user_weight)
+    _check_ids("item", item, item_weight)
+    return op.run_forward(_chunk(user_weight, len(user)), _mask(item), user, item, user_weight, item_weight, *rest)
+
+
+@kernel("in_batch_cross_entropy_backward", "cpu")
+def backward(grad_loss, user, item, user_weight, *rest):
+    return op.run_backward(_chunk(user_weight, len(user)), _mask(item), grad_loss, user, item, user_weight, *rest)

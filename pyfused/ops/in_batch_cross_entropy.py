@@ -1,0 +1,266 @@
+"""In-batch softmax cross-entropy of a two-tower model: ids in, loss out.
+
+    score[b, c] = scale · ⟨U[user[b]], V[item[c]]⟩ + bias[item[c]] - log_q[c],   -inf where c ≠ b and item[c] = item[b]
+    loss[b]     = log ∑_c exp(score[b, c]) - score[b, b]
+
+Every item of the batch is a negative for the users of the other pairs. Such negatives appear with probability
+q(item), so log q is subtracted from all scores, the positive's too: with the plus sign, popular items would be pushed
+down twice (Bengio and Senecal, 2008; Yi et al., RecSys 2019). The same item in another pair, an accidental hit, is no
+negative.
+
+The scores are the logits of a linear layer with the gathered rows scale · U[user] for input, V[item] for weight and
+bias[item] - log_q for bias, so the chunk loop is linear_cross_entropy's: the B x B scores are never stored. What is
+stored are the gathered rows, [B, D], and, for "mean" and "sum", their gradients. Backward sums those by id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .._library import define, differentiable_grads, needs_grad, reject
+from . import embedding_dot as dot
+from . import linear_cross_entropy as linear
+from .cross_entropy import DTYPES, REDUCTIONS, arithmetic_dtype
+
+_NONE, _MEAN = REDUCTIONS.index("none"), REDUCTIONS.index("mean")
+_PLAIN = (-100, 0.0, 0.0, 0.0)  # cross_entropy's ignore_index, label_smoothing, z_loss and softcap
+
+
+def reference(
+    user, item, user_weight, item_weight, item_bias=None, *, log_q=None, scale=1.0, mask_accidental_hits=True,
+    reduction="mean",
+):  # fmt: skip
+    """The op in eager PyTorch."""
+    scores = scale * (F.embedding(user, user_weight) @ F.embedding(item, item_weight).t())
+    if item_bias is not None:
+        scores = scores + F.embedding(item, item_bias.view(-1, 1)).flatten().to(scores.dtype)
+    if log_q is not None:
+        scores = scores - log_q.to(scores.dtype)
+    if mask_accidental_hits:
+        scores = scores.masked_fill(_accidental_hits(item, 0, len(item)), -torch.inf)
+    return F.cross_entropy(scores, torch.arange(len(user), device=user.device), reduction=reduction)
+
+
+def _accidental_hits(item, first, rows):
+    """Whether column c of row b = first, ..., first + rows - 1 has b's item without being b's own."""
+    b = torch.arange(first, first + rows, device=item.device)
+    return (item[b, None] == item) & (b[:, None] != torch.arange(len(item), device=item.device))
+
+
+# --- The registered ops
+_GIVEN = "Tensor user, Tensor item, Tensor user_weight, Tensor item_weight, Tensor? item_bias, Tensor? log_q"
+_OPTIONS = "bool[4] needed, float scale, bool mask_accidental_hits, int reduction"
+Mask = Callable[[torch.Tensor, int], None]  # (scores of some rows, the first row's number): masks their accidental hits
+
+
+def _linear_layer(user, item, user_weight, item_weight, item_bias, log_q, scale):
+    """(input, weight, bias) of the linear layer whose logits are the scores."""
+    dtype = arithmetic_dtype(user_weight)
+    rows = user_weight.index_select(0, user).to(dtype)
+    bias = None if item_bias is None else item_bias.index_select(0, item).to(dtype)
+    if log_q is not None:
+        bias = -log_q.to(dtype) if bias is None else bias - log_q.to(dtype)
+    return rows if scale == 1 else rows * scale, item_weight.index_select(0, item).to(dtype), bias
+
+
+def _row_needs(needed):
+    return [needed[0], needed[1], needed[2] or needed[3]]
+
+
+def alloc(user, item, user_weight, item_weight, item_bias, log_q, needed, scale, mask_accidental_hits, reduction):
+    """(loss, stats, d_rows, d_items, d_offset).
+
+    Those are cross_entropy's stats and, for a reduced loss, the gradients of the losses' sum for the linear layer's
+    input, weight and bias, as far as needed.
+    """
+    rows, item_rows = (
+        x.new_empty(len(user), x.shape[1], dtype=arithmetic_dtype(x)) for x in (user_weight, item_weight)
+    )
+    loss, _, stats, *grads = linear.alloc(rows, item_rows, None, None, None, _row_needs(needed), reduction)
+    return loss, stats, *grads
+
+
+@torch.no_grad()
+def run_forward(
+    chunk, mask: Mask, user, item, user_weight, item_weight, item_bias, log_q, needed, scale, masked, reduction
+):
+    """The registered op; `chunk` is a buffer [rows, B] for the scores of as many rows at a time."""
+    layer = _linear_layer(user, item, user_weight, item_weight, item_bias, log_q, scale)
+    target = torch.arange(len(user), device=user.device)
+    given = (*layer, target, None, _row_needs(needed), reduction, *_PLAIN)
+    loss, _, stats, *grads = linear.run_forward(chunk, *given, adjust=mask if masked else None)
+    return loss, stats, *grads
+
+
+def alloc_backward(grad_loss, user, item, user_weight, item_weight, item_bias, log_q, stats, d_rows, d_items, d_offset,
+                   needed, *options):  # fmt: skip
+    tables = (user_weight, item_weight, item_bias, log_q)
+    return tuple(user_weight.new_empty(0) if not need else x.new_empty(x.shape) for x, need in zip(tables, needed))
+
+
+@torch.no_grad()
+def run_backward(chunk, mask: Mask, grad_loss, user, item, user_weight, item_weight, item_bias, log_q, stats, d_rows,
+                 d_items, d_offset, needed, scale, masked, reduction):  # fmt: skip
+    """The registered op; `chunk` is needed for reduction "none" only, which computes the scores again."""
+    if reduction == _NONE:
+        layer = _linear_layer(user, item, user_weight, item_weight, item_bias, log_q, scale)
+        target = torch.arange(len(user), device=user.device)
+        given = (grad_loss, *layer, target, None, stats.new_ones(()), stats, _row_needs(needed), *_PLAIN)
+        d_rows, d_items, d_offset = linear.run_backward(chunk, *given, adjust=mask if masked else None)
+    factor = grad_loss.new_ones(()) if reduction == _NONE else grad_loss / (len(user) if reduction == _MEAN else 1)
+    none = user_weight.new_empty(0)
+    return (
+        _sum_by_id(d_rows, factor * scale, user, user_weight) if needed[0] else none,
+        _sum_by_id(d_items, factor, item, item_weight) if needed[1] else none.clone(),
+        _sum_by_id(d_offset.unsqueeze(1), factor, item, item_bias) if needed[2] else none.clone(),
+        (d_offset * -factor).to(log_q.dtype) if needed[3] else none.clone(),
+    )
+
+
+def _sum_by_id(rows, factor, ids, table):
+    """The table's gradient: factor · the sum of the rows with the same id, in the arithmetic of `rows`."""
+    each = torch.arange(len(ids), dtype=ids.dtype, device=ids.device)
+    grads = dot._backward(factor.expand(len(ids)), ids, each, rows, len(table), -1, True, False, False)
+    return grads[0].view(table.shape).to(table.dtype)
+
+
+def _reference_forward(user, item, *rest):
+    return run_forward(_all_rows(rest[0], len(item)), _masks(item), user, item, *rest)
+
+
+def _reference_backward(grad_loss, user, item, *rest):
+    return run_backward(_all_rows(rest[0], len(item)), _masks(item), grad_loss, user, item, *rest)
+
+
+def _all_rows(table, batch):
+    return table.new_empty(max(batch, 1), batch, dtype=arithmetic_dtype(table))
+
+
+def _masks(item) -> Mask:
+    return lambda scores, first: scores.masked_fill_(_accidental_hits(item, first, len(scores)), -torch.inf)
+
+
+_forward = define(
+    f"in_batch_cross_entropy({_GIVEN}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    alloc,
+    _reference_forward,
+)
+_backward = define(
+    f"in_batch_cross_entropy_backward(Tensor grad_loss, {_GIVEN}, Tensor stats, Tensor d_rows, Tensor d_items,"
+    f" Tensor d_offset, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    alloc_backward,
+    _reference_backward,
+)
+
+
+class _InBatchCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, user, item, user_weight, item_weight, item_bias, log_q, *options):
+        given = (user, item, user_weight, item_weight, item_bias, log_q)
+        loss, *saved = _forward(*given, ctx.needs_input_grad[2:6], *options)
+        ctx.save_for_backward(*given, *saved)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:6]
+        if torch.is_grad_enabled():
+            grads = _differentiable(*saved[:6], needed, grad_loss, *ctx.options)
+        else:
+            grads = _backward(grad_loss.contiguous(), *saved, needed, *ctx.options)
+            grads = [g if need else None for g, need in zip(grads, needed)]
+        return None, None, *grads, None, None, None
+
+
+def _differentiable(
+    user, item, user_weight, item_weight, item_bias, log_q, needed, grad_loss, scale, masked, reduction
+):
+    options = {"scale": scale, "mask_accidental_hits": masked, "reduction": REDUCTIONS[reduction]}
+
+    def loss(user_weight, item_weight, item_bias, log_q):
+        tables = (user_weight.to(grad_loss.dtype), item_weight.to(grad_loss.dtype))
+        return reference(user, item, *tables, item_bias, log_q=log_q, **options)
+
+    return differentiable_grads(loss, (user_weight, item_weight, item_bias, log_q), needed, grad_loss)
+
+
+# --- Arguments
+def _problem(user, item, user_weight, item_weight, item_bias, log_q, scale, reduction) -> str | None:
+    for name, ids in (("user", user), ("item", item)):
+        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 1:
+            return f"{name} must be int64 or int32 ids of shape (B,), got {ids.dtype} {tuple(ids.shape)}"
+    if user.shape != item.shape:
+        return f"user and item must be pairs, got {len(user)} users and {len(item)} items"
+    for name, table in (("user_weight", user_weight), ("item_weight", item_weight)):
+        if table.dim() != 2 or table.dtype not in DTYPES:
+            return f"{name} must be a floating-point matrix (rows, D), got {table.dtype} {tuple(table.shape)}"
+    if user_weight.shape[1] != item_weight.shape[1]:
+        return f"user_weight has D = {user_weight.shape[1]}, but item_weight has D = {item_weight.shape[1]}"
+    if user_weight.dtype != item_weight.dtype:
+        return f"the tables must have one dtype, got {user_weight.dtype} (user) and {item_weight.dtype} (item)"
+    rows = len(item_weight)
+    if item_bias is not None and (item_bias.shape not in ((rows,), (rows, 1)) or not item_bias.is_floating_point()):
+        return (
+            f"item_bias must be floating-point ({rows},) or ({rows}, 1), got {item_bias.dtype} {tuple(item_bias.shape)}"
+        )
+    if log_q is not None and (log_q.shape != item.shape or not log_q.is_floating_point()):
+        return f"log_q must be floating-point {tuple(item.shape)}, got {log_q.dtype} {tuple(log_q.shape)}"
+    if reduction not in REDUCTIONS:
+        return f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
+    if isinstance(scale, torch.Tensor):
+        return "scale must be a number; multiply user_weight by a learned temperature instead"
+    return None
+
+
+def in_batch_cross_entropy(
+    user: torch.Tensor,
+    item: torch.Tensor,
+    user_weight: torch.Tensor,
+    item_weight: torch.Tensor,
+    item_bias: torch.Tensor | None = None,
+    *,
+    log_q: torch.Tensor | None = None,
+    scale: float = 1.0,
+    mask_accidental_hits: bool = True,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Softmax loss of B (user, item) pairs, each against the items of the others; the B x B scores are never stored.
+
+    Args:
+        user, item: ids of the pairs, int64 or int32, (B,).
+        user_weight: (num_users, D); float32, float64, bfloat16 or float16.
+        item_weight: (num_items, D), of the same dtype.
+        item_bias: (num_items,) or (num_items, 1), or None: added to the scores of its item.
+        log_q: (B,) or None: log of the probability with which sampling a pair yields item[b]; subtracted from the
+            scores of column b (Yi et al. 2019), the positive's included.
+        scale: factor of the dot products, 1 / temperature.
+        mask_accidental_hits: leave out of row b the other columns that hold b's own item.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        The loss, (B,) or a number, of the tables' dtype (float32 under autocast). The arithmetic is float32 (float64
+        tables: float64), under autocast too, also where gradients of repeated ids are summed. All floating arguments
+        have gradients, dense for the tables. An empty batch: NaN for "mean", as in cross_entropy.
+
+    Raises:
+        IndexError: an id is not a row of its table (negative ids are not).
+        What eager PyTorch raises for other bad arguments, ValueError where it would go on.
+    """
+    given = (user, item, user_weight, item_weight, item_bias)
+    problem = _problem(*given, log_q, scale, reduction)
+    if problem:
+        options = {"log_q": log_q, "scale": scale, "mask_accidental_hits": mask_accidental_hits, "reduction": reduction}
+        reject("in_batch_cross_entropy", problem, reference, *given, **options)
+    bias = None if item_bias is None else item_bias.view(-1)
+    args = (user, item, user_weight, item_weight, bias, log_q)
+    options = (float(scale), bool(mask_accidental_hits), REDUCTIONS.index(reduction))
+    if needs_grad(*args[2:]):
+        loss = _InBatchCrossEntropy.apply(*args, *options)
+    else:
+        loss = _forward(*args, [False] * 4, *options)[0]
+    return loss if torch.is_autocast_enabled(user_weight.device.type) else loss.to(user_weight.dtype)
