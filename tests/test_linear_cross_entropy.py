@@ -43,8 +43,9 @@ def test_all_rows_ignored():
     assert all(not g.any() for g in torch.autograd.grad(loss, (x, w, b)))
 
 
-def test_chunks_agree_with_all_rows_at_once():
-    x, w, b, target = problem(rows=10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_agree_with_all_rows_at_once(dtype):
+    x, w, b, target = problem(rows=10, dtype=dtype)
     target[3] = -100
     args = (x.detach(), w.detach(), b.detach(), target, None, [True] * 3, 1, -100, 0.1, 0.01, 0.0)
     whole = page.run_forward(page.all_rows(*args[:2]), *args)
