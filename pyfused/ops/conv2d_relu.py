@@ -113,7 +113,9 @@ def convolution_backward(g, input, weight, stride, padding, dilation, groups, ne
     grads = torch.ops.aten.convolution_backward(
         g, input, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needed
     )
-    return tuple(like if x is None else conform(x, like) for x, like in zip(grads, alloc_grads(input, weight, needed)))
+    # PyTorch may return more than was asked for.
+    likes = alloc_grads(input, weight, needed)
+    return tuple(conform(x, like) if wanted else like for x, like, wanted in zip(grads, likes, needed))
 
 
 def _reference_backward(grad, input, weight, output, stride, padding, dilation, groups, needed):

@@ -16,6 +16,7 @@ from ...memory import cached
 from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
 
+
 def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     """The algorithm that takes a convolution: "direct", "winograd" or "aten". Arguments as the registered op's."""
     c_out, c_in, kh, kw = weight.shape
