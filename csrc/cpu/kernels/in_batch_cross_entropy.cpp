@@ -17,8 +17,8 @@ constexpr int64_t kBlock = 64;  // ids compared before the first branch
 
 template <class C, class I>
 PYFUSED_INLINE void mask_block(C* scores, const I* item, I id, int64_t n) {
-  bool any = false;
-  for (int64_t c = 0; c < n; ++c) any |= item[c] == id;
+  I any = 0;  // as wide as the ids, so that the loop becomes vectors
+  for (int64_t c = 0; c < n; ++c) any |= -static_cast<I>(item[c] == id);
   if (!any) return;
   for (int64_t c = 0; c < n; ++c) scores[c] = item[c] == id ? -C(__builtin_inf()) : scores[c];
 }

@@ -10,12 +10,12 @@ from ...ops import in_batch_cross_entropy as op
 
 
 def _chunk(table, batch):
-    """A buffer for some rows of the scores: 1 MiB, but at least 64 rows, enough for the products to run at speed."""
-    itemsize = op.arithmetic_dtype(table).itemsize
-    most = max(64, (1 << 20) // (max(batch, 1) * itemsize))
+    """A buffer for some rows of the scores: 2 MiB, but at least 128 rows, enough for the products to run at speed."""
+    dtype = op.arithmetic_dtype(table)
+    most = max(128, (2 << 20) // (max(batch, 1) * dtype.itemsize))
     chunks = max(1, -(-batch // most))
     rows = max(1, -(-batch // chunks))  # chunks of equal length
-    return cached(table.new_empty(rows, batch, dtype=op.arithmetic_dtype(table)))
+    return cached(table.new_empty(rows, batch, dtype=dtype))
 
 
 def _mask(item):
