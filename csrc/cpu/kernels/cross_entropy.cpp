@@ -147,10 +147,12 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
         n = min(o.group(), stop - r);
         Sums<C> sums;
         if (o.by_row) {
-          for (int64_t i = 0; i < n; ++i)
-            if (lse || !o.ignored(r + i))
-              reduce_row<K, Capped>(o, z.row(r + i), y.row(r + i), K == soft || o.ignored(r + i) ? -1 : o.labels[r + i],
-                                    i, sums);
+          for (int64_t i = 0; i < n; ++i) {
+            sums.others[i] = 1;  // what an ignored row keeps: finite statistics
+            if (!lse && o.ignored(r + i)) continue;
+            const int64_t label = K == soft || o.ignored(r + i) ? -1 : o.labels[r + i];
+            reduce_row<K, Capped>(o, z.row(r + i), y.row(r + i), label, i, sums);
+          }
         } else {
           z.gather(r, n, z_tile);
           if constexpr (K == soft) y.gather(r, n, y_tile);

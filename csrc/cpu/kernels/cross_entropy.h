@@ -8,8 +8,8 @@ namespace {
 
 enum Target { hard, smooth, soft };  // hard: labels, no smoothing; smooth: labels and ε > 0; soft: probabilities
 enum Reduction { none, mean, sum };
-constexpr int64_t kByRow =
-    96;  // from this many adjacent classes on, tails and sums over lanes cost less than gathering
+// From this many adjacent classes on, tails and sums over lanes cost less than gathering.
+constexpr int64_t kByRow = 40;
 
 template <class C>
 struct Options {  // what both directions share; C is float or double
