@@ -254,7 +254,7 @@ Status conv2d_direct(View out, View code, View input, View weight, View bias, in
     using T = decltype(tag);
     constexpr int64_t item = sizeof(compute_t<T>);
     DirectSizes s = direct_sizes(input, weight, rows, columns, stride_h, stride_w, pad_h, pad_w, fold, item,
-                                 2 * lanes<compute_t<T>>);
+                                 2 * lanes<compute_t<T>>, nhwc);
     direct_forward<T>(out, code, input, weight, bias, s, nhwc, threads);
     return Status{};
   });

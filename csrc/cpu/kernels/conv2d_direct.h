@@ -6,7 +6,8 @@
 namespace pyfused {
 namespace PYFUSED_ISA {
 
-constexpr int64_t kDirectStageBytes = 64 << 10;  // staged input and strip of a band: well inside L2
+// Staged input and strip of a band: within L1 in NHWC; in NCHW within L2, for long runs of positions in each plane.
+constexpr int64_t band_bytes(bool nhwc) { return nhwc ? 24 << 10 : 64 << 10; }
 
 // Direct convolution is for training and inference, in float32 and below; float64 is left to PyTorch.
 template <class Body>
@@ -34,7 +35,7 @@ struct DirectSizes {
 // `item`: bytes of the compute type; `block`: channels handled at a time.
 PYFUSED_INLINE DirectSizes direct_sizes(const View& input, const View& weight, int64_t rows, int64_t columns,
                                         int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t step,
-                                        int64_t item, int64_t block) {
+                                        int64_t item, int64_t block, bool nhwc) {
   DirectSizes s{input.shape[0],
                 input.shape[1],
                 input.shape[2],
@@ -54,7 +55,7 @@ PYFUSED_INLINE DirectSizes direct_sizes(const View& input, const View& weight, i
                 0};
   s.pitch = (columns - 1) * stride_w + s.kw;
   int64_t per_row = (s.c_in * stride_h * s.pitch + columns * block) * item;
-  s.band = max<int64_t>(kDirectStageBytes / max<int64_t>(per_row, 1) / step, 1) * step;
+  s.band = max<int64_t>(band_bytes(nhwc) / max<int64_t>(per_row, 1) / step, 1) * step;
   s.band = min(s.band, max(rows, step));
   s.bands = ceil_div(rows, s.band);
   s.plane = ((s.band - 1) * stride_h + s.kh) * s.pitch;

@@ -227,7 +227,7 @@ Status conv2d_direct_backward_weight(View d_weight, View d_bias, View grad, View
     using T = decltype(tag);
     constexpr int64_t item = sizeof(compute_t<T>);
     DirectSizes s = direct_sizes(input, d_weight, rows, columns, stride_h, stride_w, pad_h, pad_w, fold, item,
-                                 4 * lanes<compute_t<T>>);
+                                 4 * lanes<compute_t<T>>, nhwc);
     direct_backward<T>(d_weight, d_bias, grad, saved, input, s, nhwc, threads);
     return Status{};
   });

@@ -39,17 +39,20 @@ struct BytesOf {
   typedef uint8_t type __attribute__((vector_size(lanes<C>)));
 };
 template <class C>
+using Places =
+    decltype(Vec<C>{} < Vec<C>{});  // by way of integers as wide as C: one instruction each way, not one a lane
+template <class C>
 PYFUSED_INLINE Vec<C> load_bytes(const uint8_t* p, int64_t n = lanes<C>) {
   typename BytesOf<C>::type bytes{};
   if (n == lanes<C>)
     std::memcpy(&bytes, p, sizeof bytes);
   else
     std::memcpy(&bytes, p, n);
-  return __builtin_convertvector(bytes, Vec<C>);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Places<C>), Vec<C>);
 }
 template <class C>
 PYFUSED_INLINE void store_bytes(uint8_t* p, Vec<C> v, int64_t n = lanes<C>) {
-  auto bytes = __builtin_convertvector(v, typename BytesOf<C>::type);
+  auto bytes = __builtin_convertvector(__builtin_convertvector(v, Places<C>), typename BytesOf<C>::type);
   if (n == lanes<C>)
     std::memcpy(p, &bytes, sizeof bytes);
   else
