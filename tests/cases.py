@@ -358,7 +358,7 @@ LINEAR_CROSS_ENTROPY: list[Case] = [
     linear_cross_entropy_case(
         "chunks", "chunks of rows, the last one shorter", rows=770, classes=9001, dim=4, ignored=-100, bias=True,
         dtypes=NOT_FLOAT64,
-    ),  # fmt: skip
+    ),
     linear_cross_entropy_case(
         "chunks_none", "the same, recomputed", rows=770, classes=9001, dim=4, ignored=-100, reduction="none"
     ),
@@ -458,8 +458,9 @@ EMBEDDING_DOT: list[Case] = [
 
 # --- in_batch_cross_entropy -------------------------------------------------------------------------------------------
 def in_batch_case(
-    name, why, batch=7, users=6, items=50, dim=8, bias=False, log_q=False, ids=torch.int64, rows=1.0, **options
-) -> Case:
+    name, why, batch=7, users=6, items=50, dim=8, bias=False, log_q=False, ids=torch.int64, rows=1.0, dtypes=DTYPES,
+    **options,
+) -> Case:  # fmt: skip
     def make(g):
         arguments = {
             "user": randint(g, users, batch, dtype=ids),
@@ -474,18 +475,21 @@ def in_batch_case(
         return {**arguments, **options}
 
     grad = ("user_weight", "item_weight", *(["item_bias"] if bias else []), *(["log_q"] if log_q else []))
-    return Case("in_batch_cross_entropy", name, why, make, grad)
+    return Case("in_batch_cross_entropy", name, why, make, grad, dtypes)
 
 
+# Not in float64 for the reason above NOT_FLOAT64; test_in_batch_cross_entropy.py compares these sums in float64.
+LONG_SUMS = {"dtypes": NOT_FLOAT64}
 IN_BATCH_CROSS_ENTROPY: list[Case] = [
     in_batch_case("plain", "no bias, no log_q: the products alone; fewer scores in a row than a vector row has"),
     in_batch_case("bias", "bias of the item, both as a vector and for its gradient", bias=True),
     in_batch_case("bias-column", "the weight of an nn.Embedding(n, 1) as it is", bias="column"),
     in_batch_case("log-q", "the correction alone, its sign, and its own gradient", log_q=True, reduction="none"),
     in_batch_case("bias-log-q", "both offsets of a column in one", bias=True, log_q=True, reduction="sum"),
-    in_batch_case("hits", "3 items in 40 pairs: most of a row masked; gradients of many pairs in one row", 40, items=3),
-    in_batch_case("hits-kept", "the same scores unmasked", 40, items=3, mask_accidental_hits=False),
-    in_batch_case("hits-blocks", "rows of several blocks of 64 ids and a tail, most without a hit", 203, items=300),
+    in_batch_case("few-hits", "a hit or two in some rows", 12, items=9),
+    in_batch_case("hits", "3 items: most of a row masked; many pairs' gradients in one row", 40, items=3, **LONG_SUMS),
+    in_batch_case("hits-kept", "the same scores unmasked", 40, items=3, mask_accidental_hits=False, **LONG_SUMS),
+    in_batch_case("hits-blocks", "rows of several blocks of 64 ids and a tail", 203, items=300, **LONG_SUMS),
     in_batch_case("int32", "32-bit ids in the gathers, the mask and the sums", 40, items=9, ids=torch.int32),
     in_batch_case("one-pair", "B = 1: no negatives, loss 0", 1, bias=True),
     in_batch_case("empty-sum", "B = 0: loss 0, gradients 0", 0, bias=True, log_q=True, reduction="sum"),
@@ -493,8 +497,8 @@ IN_BATCH_CROSS_ENTROPY: list[Case] = [
     in_batch_case("one-item", "every other entry masked: loss 0, gradients 0", 20, items=1, bias=True),
     in_batch_case("confident", "scores of some hundreds: softmax of 0 and 1", 33, rows=6.0),
     in_batch_case("temperature", "scale multiplies the products, not bias and log_q", scale=6.5, bias=True, log_q=True),
-    in_batch_case("chunks", "600 rows of scores in several chunks, the last one shorter", 601, 90, 120, bias=True),
-    in_batch_case("chunks-none", "the same, computed again in backward", 601, 90, 120, bias=True, reduction="none"),
+    in_batch_case("chunks", "several chunks of rows, the last one shorter", 1001, 90, 120, bias=True, **LONG_SUMS),
+    in_batch_case("chunks-none", "the same, computed again", 1001, 90, 120, bias=True, reduction="none", **LONG_SUMS),
     in_batch_case("odd-dim", "D = 13: row tails in the sums by id", dim=13, reduction="none"),
 ]
 

@@ -34,9 +34,9 @@ def reference(
     reduction="mean",
 ):  # fmt: skip
     """The op in eager PyTorch."""
-    scores = scale * (F.embedding(user, user_weight) @ F.embedding(item, item_weight).t())
+    scores = scale * (user_weight.index_select(0, user) @ item_weight.index_select(0, item).t())
     if item_bias is not None:
-        scores = scores + F.embedding(item, item_bias.view(-1, 1)).flatten().to(scores.dtype)
+        scores = scores + item_bias.reshape(-1).index_select(0, item).to(scores.dtype)
     if log_q is not None:
         scores = scores - log_q.to(scores.dtype)
     if mask_accidental_hits:
@@ -256,7 +256,7 @@ def in_batch_cross_entropy(
     if problem:
         options = {"log_q": log_q, "scale": scale, "mask_accidental_hits": mask_accidental_hits, "reduction": reduction}
         reject("in_batch_cross_entropy", problem, reference, *given, **options)
-    bias = None if item_bias is None else item_bias.view(-1)
+    bias = None if item_bias is None else item_bias.reshape(-1)
     args = (user, item, user_weight, item_weight, bias, log_q)
     options = (float(scale), bool(mask_accidental_hits), REDUCTIONS.index(reduction))
     if needs_grad(*args[2:]):
