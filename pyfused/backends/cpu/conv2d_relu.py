@@ -28,7 +28,10 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     if c_in <= 4 and max(kh, kw) <= 7 and max(stride) <= 2 and input.dtype != torch.float64:
         return "direct"
     if winograd and op.allowed_algorithms() == "auto" and min(c_in, c_out) >= 16:
-        return "winograd"
+        # Transforming the weight must pay: it costs as much as some hundred positions, more where it leaves the cache.
+        n, _, height, width = op.output_shape(input, weight, stride, padding, dilation)
+        if n * height * width >= (256 if c_in * c_out <= 128 * 128 else 1024):
+            return "winograd"
     return "aten"
 
 
