@@ -1,4 +1,4 @@
-"""Builds pyfused._C by calling CMake; everything about how is in CMakeLists.txt, everything about what in pyproject.toml.
+"""Builds pyfused._C by calling CMake: CMakeLists.txt says how, pyproject.toml what.
 
 CMAKE_ARGS passes options through, e.g. CMAKE_ARGS="-DPYFUSED_CUDA=OFF" pip install .
 """

@@ -1,6 +1,7 @@
 """Fused conv + ReLU, softmax-cross-entropy and embedding-dot kernels for PyTorch, on CPU and GPU."""
 
-from . import backends as _backends  # fills the dispatch table
+import pyfused.backends  # noqa: F401  (fills the dispatch table)
+
 from . import functional, nn
 from .dispatch import backends, explain, ops, use_backend
 from .memory import empty_cache, set_cache_limit

@@ -1,7 +1,7 @@
 """The one place that touches torch.library: how an op is registered, and what every op's autograd needs.
 
-Registered ops (torch.ops.pyfused.*) carry no autograd: each op page wraps them in an autograd.Function, which costs half of
-what torch.library.register_autograd does per call.
+Registered ops (torch.ops.pyfused.*) carry no autograd: each op page wraps them in an autograd.Function, which costs
+half of what torch.library.register_autograd does per call.
 """
 
 from __future__ import annotations

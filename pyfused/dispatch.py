@@ -1,8 +1,9 @@
 """Which backend runs an op: a plain table, read inside the registered op, so torch.compile has nothing to trace.
 
-A backend is a set of kernels, one per op it implements, each with the op's own signature and a function that says why it
-cannot take certain arguments. The first backend in `ORDER` that does not object runs; "reference" (eager PyTorch) never
-objects. `use_backend` and the environment variable PYFUSED_BACKEND force one, and then its objection is the error.
+A backend is a set of kernels, one per op it implements, each with the op's own signature and a function that says why
+it cannot take certain arguments. The first backend in `ORDER` that does not object runs; "reference" (eager PyTorch)
+never objects. `use_backend` and the environment variable PYFUSED_BACKEND force one, and then its objection is the
+error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one table of cases: op x options x shape, each with the reason why it is there.
 
-A case makes the keyword arguments of a public function in pyfused.functional, floating tensors in float64. The tests round
-them to each dtype and run every backend, every instruction set, forward and backward, on them; `bench/` has its own shapes.
-To add a case, append to an op's list; to add an op, append a list to CASES.
+A case makes the keyword arguments of a public function in pyfused.functional, floating tensors in float64. The tests
+round them to each dtype and run every backend, every instruction set, forward and backward, on them; `bench/` has its
+own shapes. To add a case, append to an op's list; to add an op, append a list to CASES.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def randint(g: torch.Generator, high: int, *shape: int, dtype=torch.int64) -> to
     return torch.randint(high, shape, generator=g).to(dtype)
 
 
-# --- conv2d_relu ------------------------------------------------------------------------------------------------------
+# --- conv2d_relu -----------------------------------------------------------------------------------------------------
 CHANNELS_LAST = torch.channels_last
-# Winograd F(4x4, 3x3) in float32 loses about 1e-5 of the largest value, ten times what a direct sum loses; documented in
+# Winograd F(4x4, 3x3) in float32 loses about 1e-5 of the largest value, ten times what a direct sum loses; see
 # csrc/cpu/kernels/conv2d_winograd.cpp. pyfused.set_conv_algorithm("direct") does without it.
 WINOGRAD = 3e-5
 
@@ -68,7 +68,7 @@ def conv_case(
     name, why, shape, c_out, kernel, *, op="conv2d_relu", bias=True, layout=None, weight_layout=None, exact=False,
     dtypes=DTYPES, slack=0.0, view=None, **options,
 ) -> Case:  # fmt: skip
-    """`exact`: small multiples of 1/8, so that no dtype rounds the output and a maximum has ties. `view`: of the input."""
+    """`exact`: multiples of 1/8, so that no dtype rounds the output and a maximum has ties. `view`: of the input."""
 
     def make(g):
         def values(*shape, scale=1.0):
@@ -111,7 +111,7 @@ def first_layers(op="conv2d_relu", dtypes=DTYPES, exact=False, **pool) -> list[C
         case("flat-kernels", "kernel of one row, padding that differs", (1, 2, 8, 9), 3, (1, 6), padding=(0, 2)),
         case("narrow", "kernel of one column, padding wider than the kernel", (1, 2, 8, 9), 16, (2, 1), padding=(2, 3)),
         case("bands", "an image of several bands of rows", (1, 3, 41, 130), 33, (3, 3)),
-        case("weight-cl", "channels_last through the weight alone", (2, 3, 9, 9), 20, (3, 3), weight_layout=CHANNELS_LAST),
+        case("weight-cl", "channels_last by the weight alone", (2, 3, 9, 9), 20, (3, 3), weight_layout=CHANNELS_LAST),
         case("sliced", "an input with gaps", (4, 3, 10, 12), 8, (2, 2), view=lambda x: x[::2, :, 1:, ::2]),
         case("one-window", "a map of 2x2", (5, 1, 4, 4), 6, (3, 3)),
     ]  # fmt: skip
@@ -123,7 +123,7 @@ CONV2D_RELU: list[Case] = [
     conv_case("wide-kernel", "wider than the direct kernels: PyTorch's convolution", (2, 2, 12, 12), 5, (3, 8)),
     conv_case("channels", "more channels than the direct kernels take", (2, 9, 8, 9), 21, (3, 3), stride=2, padding=1),
     conv_case("channels-cl", "the same in channels_last", (2, 9, 8, 9), 21, (2, 2), layout=CHANNELS_LAST),
-    conv_case("rows", "bias gradient over more rows than one part sums", (3, 6, 20, 21), 7, (1, 1), layout=CHANNELS_LAST),
+    conv_case("rows", "bias gradient over several parts' rows", (3, 6, 20, 21), 7, (1, 1), layout=CHANNELS_LAST),
     conv_case("grouped", "groups", (2, 6, 7, 8), 9, (3, 3), groups=3, padding=1),
     conv_case("depthwise", "as many groups as channels", (2, 5, 7, 8), 10, (3, 3), groups=5, layout=CHANNELS_LAST),
     conv_case("dilated", "dilation that differs", (1, 3, 12, 13), 4, (3, 3), dilation=(2, 3), padding=2),
@@ -143,8 +143,8 @@ CONV2D_RELU: list[Case] = [
               slack=WINOGRAD),
 ]  # fmt: skip
 
-# --- conv2d_relu_max_pool2d -------------------------------------------------------------------------------------------
-# Random values in float32 and float64 only: in 16 bits two candidates of a window round to the same, and which of them is
+# --- conv2d_relu_max_pool2d ------------------------------------------------------------------------------------------
+# Random values in float32 and float64 only: in 16 bits two candidates of a window round to the same, and which is
 # "the" maximum is then chance. Exact values, which no dtype rounds, for the others.
 POOL = "conv2d_relu_max_pool2d"
 WIDE = (torch.float32, torch.float64)
@@ -183,9 +183,10 @@ CONV2D_RELU_MAX_POOL2D: list[Case] = [
               layout=CHANNELS_LAST, slack=WINOGRAD, pool_size=3, pool_stride=2),
 ]  # fmt: skip
 
-# --- cross_entropy ----------------------------------------------------------------------------------------------------
+
+# --- cross_entropy ---------------------------------------------------------------------------------------------------
 def logits(g, *shape, layout="contiguous", scale=2.0):
-    """Random logits; layouts: contiguous, channels_last, transposed (class stride not 1), sliced (gaps between rows)."""
+    """Random logits; layouts: contiguous, channels_last, transposed (class stride not 1), sliced (row gaps)."""
     if layout == "transposed":
         return randn(g, shape[1], shape[0], scale=scale).t()
     if layout == "sliced":
@@ -325,7 +326,7 @@ CROSS_ENTROPY: list[Case] = [
 ]
 
 
-# --- linear_cross_entropy ---------------------------------------------------------------------------------------------
+# --- linear_cross_entropy --------------------------------------------------------------------------------------------
 def linear_cross_entropy_case(
     name, why, rows=9, dim=8, classes=50, bias=False, weight=False, probabilities=False, ignored=None,
     dtypes=DTYPES, **options,
@@ -344,9 +345,6 @@ def linear_cross_entropy_case(
     return Case("linear_cross_entropy", name, why, make, grad, dtypes)
 
 
-# Sums over thousands of classes in float64: the criterion takes eager's result for the truth, but its own rounding is a
-# multiple of 4 units in the last place. test_linear_cross_entropy.py compares chunks in float64.
-NOT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR_CROSS_ENTROPY: list[Case] = [
     linear_cross_entropy_case("mean", "gradients made in forward"),
     linear_cross_entropy_case("sum", "and not divided", reduction="sum", bias=True),
@@ -356,8 +354,13 @@ LINEAR_CROSS_ENTROPY: list[Case] = [
     linear_cross_entropy_case("no_batch", "input (D,)", rows=None, bias=True),
     linear_cross_entropy_case("no_batch_none", "input (D,), loss of no dimension", rows=None, reduction="none"),
     linear_cross_entropy_case(
-        "chunks", "chunks of rows, the last one shorter", rows=770, classes=9001, dim=4, ignored=-100, bias=True,
-        dtypes=NOT_FLOAT64,
+        "chunks",
+        "chunks of rows, the last one shorter",
+        rows=770,
+        classes=9001,
+        dim=4,
+        ignored=-100,
+        bias=True,
     ),
     linear_cross_entropy_case(
         "chunks_none", "the same, recomputed", rows=770, classes=9001, dim=4, ignored=-100, reduction="none"
@@ -375,10 +378,9 @@ LINEAR_CROSS_ENTROPY: list[Case] = [
 ]
 
 
-# --- embedding_dot ---------------------------------------------------------------------------------------------------------
-# In float64 the truth is eager PyTorch itself, whose own rounding over long sums exceeds the bound: these are judged at
-# the other dtypes, and in float64 by tests/test_embedding_dot.py against exact sums.
-LONG_SUMS = tuple(d for d in DTYPES if d != torch.float64)
+# --- embedding_dot ---------------------------------------------------------------------------------------------------
+# Long sums whose rounding in float64 depends on luck, the truth's too: there test_embedding_dot.py has exact sums.
+NOT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def embedding_case(
@@ -429,8 +431,8 @@ EMBEDDING_DOT: list[Case] = [
         users=1,
         batch=1500,
         dim=24,
-        dtypes=LONG_SUMS,
         bias=True,
+        dtypes=NOT_FLOAT64,
     ),
     embedding_case(
         "chunks", "runs that end at, before and after the borders of chunks", users=5, items=700, batch=1100, dim=8
@@ -453,10 +455,11 @@ EMBEDDING_DOT: list[Case] = [
         embedding_case(f"dim-{dim}", "tails: shorter than a vector, one past it, several widths", dim=dim, batch=30)
         for dim in (1, 3, 4, 5, 8, 9, 15, 17, 31, 64, 65, 100, 129, 200)
     ),
-    embedding_case("dim-4096", "long rows", dim=4096, dtypes=LONG_SUMS),
+    embedding_case("dim-4096", "long rows", dim=4096, dtypes=NOT_FLOAT64),
 ]
 
-# --- in_batch_cross_entropy -------------------------------------------------------------------------------------------
+
+# --- in_batch_cross_entropy ------------------------------------------------------------------------------------------
 def in_batch_case(
     name, why, batch=7, users=6, items=50, dim=8, bias=False, log_q=False, ids=torch.int64, rows=1.0, dtypes=DTYPES,
     **options,
@@ -478,8 +481,6 @@ def in_batch_case(
     return Case("in_batch_cross_entropy", name, why, make, grad, dtypes)
 
 
-# Not in float64 for the reason above NOT_FLOAT64; test_in_batch_cross_entropy.py compares these sums in float64.
-LONG_SUMS = {"dtypes": NOT_FLOAT64}
 IN_BATCH_CROSS_ENTROPY: list[Case] = [
     in_batch_case("plain", "no bias, no log_q: the products alone; fewer scores in a row than a vector row has"),
     in_batch_case("bias", "bias of the item, both as a vector and for its gradient", bias=True),
@@ -487,9 +488,9 @@ IN_BATCH_CROSS_ENTROPY: list[Case] = [
     in_batch_case("log-q", "the correction alone, its sign, and its own gradient", log_q=True, reduction="none"),
     in_batch_case("bias-log-q", "both offsets of a column in one", bias=True, log_q=True, reduction="sum"),
     in_batch_case("few-hits", "a hit or two in some rows", 12, items=9),
-    in_batch_case("hits", "3 items: most of a row masked; many pairs' gradients in one row", 40, items=3, **LONG_SUMS),
-    in_batch_case("hits-kept", "the same scores unmasked", 40, items=3, mask_accidental_hits=False, **LONG_SUMS),
-    in_batch_case("hits-blocks", "rows of several blocks of 64 ids and a tail", 203, items=300, **LONG_SUMS),
+    in_batch_case("hits", "3 items: most of a row masked; many pairs' gradients in one row", 40, items=3),
+    in_batch_case("hits-kept", "the same scores unmasked", 40, items=3, mask_accidental_hits=False),
+    in_batch_case("hits-blocks", "rows of several blocks of 64 ids and a tail", 203, items=300),
     in_batch_case("int32", "32-bit ids in the gathers, the mask and the sums", 40, items=9, ids=torch.int32),
     in_batch_case("one-pair", "B = 1: no negatives, loss 0", 1, bias=True),
     in_batch_case("empty-sum", "B = 0: loss 0, gradients 0", 0, bias=True, log_q=True, reduction="sum"),
@@ -497,8 +498,8 @@ IN_BATCH_CROSS_ENTROPY: list[Case] = [
     in_batch_case("one-item", "every other entry masked: loss 0, gradients 0", 20, items=1, bias=True),
     in_batch_case("confident", "scores of some hundreds: softmax of 0 and 1", 33, rows=6.0),
     in_batch_case("temperature", "scale multiplies the products, not bias and log_q", scale=6.5, bias=True, log_q=True),
-    in_batch_case("chunks", "several chunks of rows, the last one shorter", 1001, 90, 120, bias=True, **LONG_SUMS),
-    in_batch_case("chunks-none", "the same, computed again", 1001, 90, 120, bias=True, reduction="none", **LONG_SUMS),
+    in_batch_case("chunks", "several chunks of rows, the last one shorter", 1001, 90, 120, bias=True),
+    in_batch_case("chunks-none", "the same, computed again", 1001, 90, 120, bias=True, reduction="none"),
     in_batch_case("odd-dim", "D = 13: row tails in the sums by id", dim=13, reduction="none"),
 ]
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cases import CASES
 
 import pyfused
 from pyfused import _binary
@@ -16,7 +15,7 @@ def pytest_configure(config):
 
 @pytest.fixture(params=VARIANTS)
 def variant(request):
-    """Run the test on one backend and, for "cpu-*", one instruction set. Gives the device that its tensors belong on."""
+    """Run the test on one backend and, for "cpu-*", one instruction set. Gives the device of its tensors."""
     backend, _, isa = request.param.partition("-")
     if reason := pyfused.backends()[backend]:
         pytest.skip(reason)
@@ -29,8 +28,3 @@ def variant(request):
         yield "cuda" if backend in ("cuda", "triton") else "cpu"
     if isa:
         _binary._C.set_isa(before)
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.id)
-def case(request):
-    return request.param

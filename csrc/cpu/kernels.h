@@ -6,34 +6,33 @@
 
 #include "tensor_view.h"
 
-#define PYFUSED_CPU_KERNELS(K)                                                                                        \
-  K(cross_entropy, (View loss, View lse, View stats, View total, View input, View target, View weight, int reduction, \
-                    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads))        \
-  K(cross_entropy_backward,                                                                                           \
-    (View grad_input, View grad_loss, View grad_lse, View input, View target, View weight, View stats, View total,    \
-     int reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads))        \
-  K(conv2d_direct, (View out, View code, View input, View weight, View bias, int64_t stride_h, int64_t stride_w,      \
-                    int64_t pad_h, int64_t pad_w, int threads))                                                       \
-  K(conv2d_direct_backward_weight, (View d_weight, View d_bias, View grad, View saved, View input, int64_t stride_h,  \
-                                    int64_t stride_w, int64_t pad_h, int64_t pad_w, int threads))                     \
-  K(conv2d_relu_grad, (View g, View d_bias, View grad, View saved, int threads))                                      \
-  K(relu_max_pool2d,                                                                                                  \
-    (View out, View code, View activation, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))              \
-  K(relu_max_unpool2d,                                                                                                \
-    (View g, View grad, View code, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))                      \
-  K(conv2d_winograd_transform_weight, (View transformed, View weight, bool transposed, int threads))                     \
-  K(conv2d_winograd,                                                                                                  \
-    (View out, View input, View transformed, View bias, int pad_h, int pad_w, bool relu, int threads))                \
-  K(conv2d_winograd_pool,                                                                                             \
-    (View out, View code, View input, View transformed, View bias, int pad_h, int pad_w, int threads))                \
-  K(conv2d_winograd_backward_input,                                                                                   \
-    (View grad_input, View grad, View saved, View transformed, int pad_h, int pad_w, int threads))                    \
-  K(conv2d_winograd_backward_weight,                                                                                  \
-    (View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h, int pad_w, int threads))         \
-  K(mask_accidental_hits, (View scores, View item, int64_t first, int threads))                                       \
-  K(embedding_dot,                                                                                                    \
+#define PYFUSED_CPU_KERNELS(K)                                                                                         \
+  K(cross_entropy, (View loss, View lse, View stats, View total, View input, View target, View weight, int reduction,  \
+                    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads))         \
+  K(cross_entropy_backward,                                                                                            \
+    (View grad_input, View grad_loss, View grad_lse, View input, View target, View weight, View stats, View total,     \
+     int reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads))         \
+  K(conv2d_direct, (View out, View code, View input, View weight, View bias, int64_t stride_h, int64_t stride_w,       \
+                    int64_t pad_h, int64_t pad_w, int threads))                                                        \
+  K(conv2d_direct_backward_weight, (View d_weight, View d_bias, View grad, View saved, View input, int64_t stride_h,   \
+                                    int64_t stride_w, int64_t pad_h, int64_t pad_w, int threads))                      \
+  K(conv2d_relu_grad, (View g, View d_bias, View grad, View saved, int threads))                                       \
+  K(relu_max_pool2d,                                                                                                   \
+    (View out, View code, View activation, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))               \
+  K(relu_max_unpool2d, (View g, View grad, View code, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))    \
+  K(conv2d_winograd_transform_weight, (View transformed, View weight, bool transposed, int threads))                   \
+  K(conv2d_winograd,                                                                                                   \
+    (View out, View input, View transformed, View bias, int pad_h, int pad_w, bool relu, int threads))                 \
+  K(conv2d_winograd_pool,                                                                                              \
+    (View out, View code, View input, View transformed, View bias, int pad_h, int pad_w, int threads))                 \
+  K(conv2d_winograd_backward_input,                                                                                    \
+    (View grad_input, View grad, View saved, View transformed, int pad_h, int pad_w, int threads))                     \
+  K(conv2d_winograd_backward_weight,                                                                                   \
+    (View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h, int pad_w, int threads))          \
+  K(mask_accidental_hits, (View scores, View item, int64_t first, int threads))                                        \
+  K(embedding_dot,                                                                                                     \
     (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads)) \
-  K(embedding_dot_backward, (View weight_grad, View bias_grad, View occurring, View count, View grad, View ids,       \
+  K(embedding_dot_backward, (View weight_grad, View bias_grad, View occurring, View count, View grad, View ids,        \
                              View other_ids, View other_weight, int64_t rows, int64_t padding, int threads))
 
 namespace pyfused {
