@@ -157,14 +157,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, target, weight, *options):
         given = (input, linear_weight, linear_bias, target, weight)
-        loss, total, *saved = _forward(*given, ctx.needs_input_grad[:3], *options)
-        ctx.save_for_backward(*given, total, *saved)
+        loss, total, stats, *grads = _forward(*given, ctx.needs_input_grad[:3], *options)
+        # The first backward takes these gradients as they are, to scale them in place: a copy would double the memory.
+        # A compiled backward may not change what was saved, so there they are saved like everything else.
+        ctx.grads = None if torch.compiler.is_compiling() or options[0] == _NONE else grads
+        ctx.save_for_backward(*given, total, stats, *([] if ctx.grads else grads))
         ctx.options = options
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        *given, total, stats, d_input, d_weight, d_bias = ctx.saved_tensors
+        *given, total, stats = ctx.saved_tensors[:7]
         reduction, *options = ctx.options
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -174,7 +177,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             mean = reduction != _SUM
             scale = torch.where(total == 0, 0, grad_loss / total) if mean else grad_loss  # 0: every row ignored
-            grads = [d * scale for d in (d_input, d_weight, d_bias)]
+            if len(ctx.saved_tensors) > 7:
+                grads = [d * scale for d in ctx.saved_tensors[7:]]
+            else:  # a second backward computes them again, to the same bits
+                unit = ctx.grads or _forward(*given, needed, *ctx.options)[3:]
+                grads, ctx.grads = [d.mul_(scale) for d in unit], None
         grads = [g.to(x.dtype) if need else None for g, x, need in zip(grads, given[:3], needed)]
         return *grads, *(None,) * 7
 

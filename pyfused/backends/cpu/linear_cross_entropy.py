@@ -6,12 +6,12 @@ from ...ops import linear_cross_entropy as op
 
 
 def _chunk(input, linear_weight):
-    """A buffer for some rows of logits: 8 MiB, but at least 256 rows.
+    """A buffer for some rows of logits: 8 MiB, but at least 128 rows.
 
-    Each chunk reads and writes all of d_weight, as long as the matrix product takes for about 50 rows.
+    Each chunk reads and writes all of d_weight, as long as the matrix product takes for about 15 rows.
     """
     rows, classes = input.shape[0], linear_weight.shape[0]
-    most = max(256, (8 << 20) // (classes * input.element_size()))
+    most = max(128, (8 << 20) // (classes * input.element_size()))
     chunks = max(1, -(-rows // most))
     return cached(input.new_empty(max(1, -(-rows // chunks)), classes))  # chunks of equal length
 
