@@ -13,6 +13,8 @@ import torch
 import typer
 from rich.console import Console
 
+import pyfused
+
 from . import machine, report
 from .harness import Incomplete, compare
 
@@ -50,6 +52,8 @@ def _in_children(malloc: Malloc) -> None:
     for mode in modes:
         environment = {k: v for k, v in os.environ.items() if k not in machine.TUNED_MALLOC}
         environment |= machine.TUNED_MALLOC if mode is Malloc.tuned else {}
+        if __package__ != "bench":  # installed: a checkout in the current folder must not be imported instead
+            environment["PYTHONSAFEPATH"] = "1"
         # The last --malloc on a command line wins.
         command = [sys.executable, "-m", __package__, *arguments, "--malloc", mode.value]
         if code := subprocess.run(command, env=environment).returncode:
@@ -84,6 +88,8 @@ def main(
     """Race eager PyTorch, torch.compile and pyfused on the same inputs, in turns."""
     if malloc is Malloc.both or malloc.value != machine.malloc_mode():
         return _in_children(malloc)
+    if device == "cpu" and (reason := pyfused.backends()["cpu"]):
+        raise typer.BadParameter(f"there are no fused CPU kernels to measure: {reason}")
     if threads:
         torch.set_num_threads(threads)
     console, failure = Console(), ""

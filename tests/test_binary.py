@@ -2,22 +2,16 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 from pyfused import _binary
 
 pytestmark = pytest.mark.skipif(_binary._C is None, reason=str(_binary.why_not))
 _C = _binary._C
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
 
 
 def test_build_info():

@@ -1,11 +1,8 @@
 """Choosing, forcing and explaining backends; what happens when one is missing."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import python
 
 import pyfused
 from pyfused import dispatch
@@ -72,12 +69,6 @@ def test_a_device_that_a_backend_does_not_serve(table):
     meta = (torch.zeros(2, device="meta"), 2)
     assert "device 'meta'" in pyfused.explain("probe", *meta)["cpu"]
     assert dispatch.pick("probe", meta)(*meta) == "reference"
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
 
 
 WITHOUT_C = "import sys; sys.modules['pyfused._C'] = None; import pyfused, torch; "
