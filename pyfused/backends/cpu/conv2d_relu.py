@@ -27,8 +27,9 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
         return "winograd"
     if c_in <= 4 and max(kh, kw) <= 7 and max(stride) <= 2 and input.dtype != torch.float64:
         return "direct"
-    if winograd and op.allowed_algorithms() == "auto" and min(c_in, c_out) >= 16:
-        # Transforming the weight must pay: it costs as much as some hundred positions, more where it leaves the cache.
+    if winograd and op.allowed_algorithms() == "auto" and min(c_in, c_out) >= 16 and _C.isa() != "baseline":
+        # Not on SSE2, whose vectors of 4 lose to oneDNN. And transforming the weight must pay: it costs as much as some
+        # hundred positions, more where it leaves the cache.
         n, _, height, width = op.output_shape(input, weight, stride, padding, dilation)
         if n * height * width >= (256 if c_in * c_out <= 128 * 128 else 1024):
             return "winograd"
@@ -44,11 +45,8 @@ def _channels_last(x: torch.Tensor, fill: bool = True) -> torch.Tensor:
     """`x` if it is channels_last, else a channels_last copy; not `fill`: only its allocation."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
-    return (
-        x.contiguous(memory_format=torch.channels_last)
-        if fill
-        else torch.empty_like(x, memory_format=torch.channels_last)
-    )
+    copy = cached(torch.empty_like(x, memory_format=torch.channels_last))
+    return copy.copy_(x) if fill else copy
 
 
 def _aten(*args) -> torch.Tensor:
@@ -64,7 +62,7 @@ def _aten(*args) -> torch.Tensor:
 def _transformed(weight: torch.Tensor, transposed: bool = False) -> torch.Tensor:
     """The weight as the Winograd kernels take it; `transposed`: for the input's gradient."""
     channels, outputs = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
-    transformed = weight.new_empty(36 * channels * (-(-outputs // 16) * 16))
+    transformed = cached(weight.new_empty(36 * channels * (-(-outputs // 16) * 16)))
     _C.conv2d_winograd_transform_weight(transformed, weight, transposed, torch.get_num_threads())
     return transformed
 
@@ -89,7 +87,7 @@ def forward(*args):
 def pool_forward(*args):
     input, weight, bias, stride, padding, *_, pool_size, pool_stride = args
     threads = torch.get_num_threads()
-    out, code = pool_op.alloc(*args)
+    out, code = map(cached, pool_op.alloc(*args))
     chosen = algorithm(*args[:7]) if _is_2x2(pool_size, pool_stride) else "aten"
     if chosen == "direct":
         _C.conv2d_direct(out, code, input, weight, bias, *stride, *padding, threads)
@@ -112,7 +110,7 @@ def backward(grad, input, weight, output, stride, padding, dilation, groups, nee
     grads = _native_backward(grad, input, weight, output, options, needed)
     if grads:
         return grads
-    g = torch.empty_like(grad) if needed[0] or needed[1] else None
+    g = cached(torch.empty_like(grad)) if needed[0] or needed[1] else None
     _, _, d_bias = op.alloc_grads(input, weight, needed)
     _C.conv2d_relu_grad(g, d_bias if needed[2] else None, grad, output, torch.get_num_threads())
     return _finish(g, d_bias, input, weight, options, needed)
@@ -131,7 +129,7 @@ def pool_backward(grad, input, weight, code, stride, padding, dilation, groups, 
         _C.conv2d_relu_grad(None, d_bias, grad, code, torch.get_num_threads())
     if needed[0] or needed[1]:
         shape = op.output_shape(input, weight, stride, padding, dilation)
-        g = torch.empty(shape, dtype=grad.dtype, memory_format=op.memory_format(code))
+        g = cached(torch.empty(shape, dtype=grad.dtype, memory_format=op.memory_format(code)))
         _C.relu_max_unpool2d(g, grad, code, *pool_size, *pool_stride, torch.get_num_threads())
     return _finish(g, d_bias, input, weight, options, needed)
 
@@ -148,7 +146,7 @@ def _native_backward(grad, input, weight, saved, options, needed):
     chosen = algorithm(input, weight, None, *options)
     if not needed[1] or chosen == "aten" or (chosen == "direct" and needed[0]):
         return None
-    d_input, d_weight, d_bias = op.alloc_grads(input, weight, needed)
+    d_input, d_weight, d_bias = map(cached, op.alloc_grads(input, weight, needed))
     bias = d_bias if needed[2] else None
     if chosen == "direct":
         _C.conv2d_direct_backward_weight(d_weight, bias, grad, saved, input, *options[0], *padding, threads)
