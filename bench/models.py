@@ -83,7 +83,9 @@ class MnistStep(Case):
         def build(fused, memory_format, compiled=False):
             model = MnistCNN(fused=fused).to(device, self.dtype)
             model.load_state_dict(template.state_dict())
-            model.to(memory_format=memory_format).train(direction == "training")
+            model.train(direction == "training")
+            if not fused:  # the fused model chooses its layout itself
+                model.to(memory_format=memory_format)
             x = pixels.to(memory_format=memory_format)
             if direction == "forward":
                 function = torch.compile(model) if compiled else model
