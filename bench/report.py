@@ -94,6 +94,22 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+def latest(path: Path, like: Row) -> list[Row]:
+    """The newest row of every case and contender in `path` that was measured as `like` was, ordered by case."""
+    setting = ("hardware", "isa", "device", "threads", "malloc")
+    newest: dict[tuple, Row] = {}
+    with path.open(newline="") as file:
+        for text in csv.DictReader(file):
+            if all(text[name] == str(like[name]) for name in setting):
+                row = {k: v if isinstance(like[k], str) else _number(v) for k, v in text.items()}
+                newest[(*_group(row), row["contender"])] = row
+    return sorted(newest.values(), key=lambda row: tuple(map(str, _group(row))))
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
 def plot_speedups(rows: Sequence[Row], path: Path) -> None:
     """Grouped bars, one group a case: how many times faster than eager each contender is."""
     groups = [list(group) for _, group in groupby(rows, _group)]

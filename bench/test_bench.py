@@ -214,13 +214,16 @@ def test_compare_gives_rows_that_become_csv_and_plots(tmp_path):
     assert all(row["share"] > 0 and row["threads"] == torch.get_num_threads() for row in rows)
     path = tmp_path / "new" / "cpu.csv"
     report.write_csv(rows, path)
-    report.write_csv(rows, path)
+    report.write_csv([{**row, "p50_ms": 7.0} for row in rows], path)
+    newest = report.latest(path, rows[0])
+    assert len(newest) == len(rows) and {row["p50_ms"] for row in newest} == {7.0}
+    assert report.latest(path, {**rows[0], "hardware": "another machine"}) == []
     with path.open(newline="") as file:
         stored = list(csv.DictReader(file))
     assert len(stored) == 2 * len(rows) and list(stored[0]) == harness.COLUMNS
     assert float(stored[0]["p50_ms"]) == pytest.approx(rows[0]["p50_ms"], rel=1e-4)
     for plot in (report.plot_speedups, report.plot_roofline):
-        plot(rows, tmp_path / "plot.png")
+        plot(newest, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "plot.png").unlink()
     assert report.tables(rows).renderables
