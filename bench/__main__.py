@@ -88,7 +88,7 @@ def main(
     """Race eager PyTorch, torch.compile and pyfused on the same inputs, in turns."""
     if malloc is Malloc.both or malloc.value != machine.malloc_mode():
         return _in_children(malloc)
-    if device == "cpu" and (reason := pyfused.backends()["cpu"]):
+    if device == "cpu" and (reason := pyfused.available_backends()["cpu"]):
         raise typer.BadParameter(f"there are no fused CPU kernels to measure: {reason}")
     if threads:
         torch.set_num_threads(threads)

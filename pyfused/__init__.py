@@ -1,15 +1,14 @@
 """Fused conv + ReLU, softmax-cross-entropy and embedding-dot kernels for PyTorch, on CPU and GPU."""
 
-import pyfused.backends  # noqa: F401  (fills the dispatch table)
-
+from . import backends as _backends  # noqa: F401  (fills the dispatch table)
 from . import functional, nn
-from .dispatch import backends, explain, ops, use_backend
+from .dispatch import available_backends, explain, ops, use_backend
 from .memory import empty_cache, set_cache_limit
 from .ops.conv2d_relu import set_conv_algorithm
 
 __version__ = "0.1.0"
 __all__ = [
-    "backends",
+    "available_backends",
     "empty_cache",
     "explain",
     "functional",

@@ -50,10 +50,10 @@ def info() -> None:
     facts |= {"machine": f"{platform.system()} {platform.machine()}", "threads": torch.get_num_threads()}
     for key, value in (facts | {f"build: {key}": value for key, value in build.items()}).items():
         console.print(f"{key:32} {value}", highlight=False)
-    for backend, reason in dispatch.backends().items():
+    for backend, reason in dispatch.available_backends().items():
         state = f"[yellow]no: {escape(reason)}[/]" if reason else "[green]usable[/]"
         console.print(f"{'backend ' + backend:32} {state}", highlight=False)
-    usable = [backend for backend, reason in dispatch.backends().items() if reason is None]
+    usable = [backend for backend, reason in dispatch.available_backends().items() if reason is None]
     table = Table("op", *usable, title="dtypes that each backend trains in")
     for op in dict.fromkeys(check.op for check in CHECKS):
         taken = (" ".join(SHORT[dtype] for dtype in dtypes_taken(op, backend)) for backend in usable)
@@ -78,7 +78,7 @@ def check() -> None:
         by_problem.setdefault((finding.op, finding.backend, finding.problem), []).append(SHORT[finding.dtype])
     for (op, backend, problem), dtypes in by_problem.items():
         console.print(f"[red]wrong:[/] {op}, {backend}, {' '.join(dtypes)}: {escape(problem)}", highlight=False)
-    for backend, reason in dispatch.backends().items():
+    for backend, reason in dispatch.available_backends().items():
         if reason:
             console.print(f"not checked: {backend}: {reason}", highlight=False)
     if problems:

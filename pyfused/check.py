@@ -106,7 +106,7 @@ CHECKS = [
 
 def targets() -> Iterator[tuple[str, str, str | None]]:
     """(label, backend, instruction set or None) of all that is usable here."""
-    for backend, reason in dispatch.backends().items():
+    for backend, reason in dispatch.available_backends().items():
         if reason is None:
             sets = _binary._C.isas() if backend == "cpu" else [None]
             yield from ((f"{backend} {isa}" if isa else backend, backend, isa) for isa in sets)

@@ -133,6 +133,6 @@ def ops() -> list[str]:
     return list(TABLE)
 
 
-def backends() -> dict[str, str | None]:
+def available_backends() -> dict[str, str | None]:
     """Every backend, with the reason why it is unusable on this machine (None: usable)."""
     return {name: UNAVAILABLE.get(name) for name in BACKENDS}

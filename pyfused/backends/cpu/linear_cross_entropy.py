@@ -6,12 +6,13 @@ from ...ops import linear_cross_entropy as op
 
 
 def _chunk(input, linear_weight):
-    """A buffer for some rows of logits: 8 MiB, but at least 128 rows.
+    """A buffer for some rows of logits: 8 MiB, but at least 256 rows.
 
-    Each chunk reads and writes all of d_weight, as long as the matrix product takes for about 15 rows.
+    For every chunk the BLAS packs all of linear_weight and adds to all of d_weight: at 128 rows that makes the whole a
+    fifth slower than one chunk of 1024 rows, at 256 a tenth.
     """
     rows, classes = input.shape[0], linear_weight.shape[0]
-    most = max(128, (8 << 20) // (classes * input.element_size()))
+    most = max(256, (8 << 20) // (classes * input.element_size()))
     chunks = max(1, -(-rows // most))
     return cached(input.new_empty(max(1, -(-rows // chunks)), classes))  # chunks of equal length
 
