@@ -73,7 +73,6 @@ struct View {
   // Row-major without gaps; dimensions of size 1 may have any stride.
   PYFUSED_INLINE bool contiguous() const {
     if (numel() == 0) return true;
-    if (numel() == 0) return true;
     int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; expected *= shape[i--])
       if (shape[i] != 1 && strides[i] != expected) return false;
