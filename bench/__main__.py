@@ -76,6 +76,9 @@ def main(
     memory: Annotated[
         bool | None, typer.Option("--memory/--no-memory", help="Measure peak extra memory. Default: not with --quick.")
     ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for each contender of a case; 0: 0.5, with --quick 0.1.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     malloc: Annotated[
         Malloc, typer.Option(help="The C library's allocator as it comes, or tuned to keep freed memory.")
@@ -109,6 +112,7 @@ def main(
                 device=device,
                 with_compile=with_compile,
                 memory=memory,
+                seconds=seconds,
                 announce=announce,
             )
     except Incomplete as error:
@@ -122,7 +126,7 @@ def main(
         path = folder / f"{torch.device(device).type}.csv"
         report.write_csv(rows, path)
         everything = report.latest(path, rows[0])  # a run of some ops does not take the others off the plots
-        suffix = f"{torch.device(device).type}-{machine.malloc_mode()}-malloc.png"
+        suffix = f"{torch.device(device).type}-{torch.get_num_threads()}-threads-{machine.malloc_mode()}-malloc.png"
         report.plot_speedups(everything, folder / f"speedup-{suffix}")
         report.plot_roofline(everything, folder / f"roofline-{suffix}")
         console.print(f"rows and plots in {folder}")

@@ -154,23 +154,29 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def interleave(
-    runs: dict[str, Callable], device: torch.device, *, seconds: float = 1.0, rounds: int = 7
+    runs: dict[str, Callable], device: torch.device, *, seconds: float = 0.5, rounds: int = 7
 ) -> dict[str, Timing]:
-    """Time each of `runs` for about `seconds`, in `rounds` rounds that give every contender its turn.
+    """Time each of `runs`, which are warm, for about `seconds`, in `rounds` rounds that give every contender its turn.
 
     The number of calls in a turn comes from a first estimate, at least one; when a turn has several, its first is not
     counted: it finds the caches as the contender before left them. Every other order is reversed, so that nobody always
-    follows the same neighbour.
+    follows the same neighbour. A contender whose single call takes longer than `seconds` has a turn in the first, the
+    middle and the last round only: its median needs no more, and such a one would take most of the benchmark's time.
     """
-    calls = {}
+    calls, slow = {}, set()
     for name, run in runs.items():
-        run()
-        estimate = min(_timed_calls(run, 2, device))
+        (estimate,) = _timed_calls(run, 1, device)
+        if estimate > seconds * 1e3:
+            slow.add(name)
+        else:
+            estimate = min(estimate, *_timed_calls(run, 1, device))
         calls[name] = max(1, int(seconds * 1e3 / rounds / max(estimate, 1e-3)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     with _no_garbage_collection():
         for turn in range(rounds):
             for name in list(runs)[:: -1 if turn % 2 else 1]:
+                if name in slow and turn not in (0, rounds // 2, rounds - 1):
+                    continue
                 measured = _timed_calls(runs[name], calls[name], device)
                 times[name] += measured[1:] or measured
     return {name: _quantiles(values) for name, values in times.items()}
@@ -262,6 +268,7 @@ def compare(
     device: torch.device | str = "cpu",
     with_compile: bool | None = None,
     memory: bool | None = None,
+    seconds: float | None = None,
     announce: Callable[[str], object] = lambda text: None,
 ) -> list[dict]:
     """Run the benchmark cases and return their rows, one dict (keys: `COLUMNS`) per case, direction and contender.
@@ -270,6 +277,7 @@ def compare(
         quick: small shapes, no torch.compile, no memory measurement: under a minute. Else full shapes: long.
         ops: names of ops to run, all if empty.
         dtype: run the cases of float32 at this dtype instead, and leave out those of other dtypes.
+        seconds: time for each contender of a case; 0.1 if quick, else 0.5.
         announce: is called with one line of text before each case, and for each contender left out.
 
     Raises:
@@ -281,11 +289,12 @@ def compare(
 
     device, with_compile = torch.device(device), not quick if with_compile is None else with_compile
     memory = not quick if memory is None else memory
+    seconds = seconds or (0.1 if quick else 0.5)
     races = [(case, d) for case in select(quick, ops, dtype) for d in case.directions if d in directions]
     rows, failures = [], []
     for number, (case, direction) in enumerate(races, 1):
         announce(f"{number}/{len(races)} {case.title(direction)}")
-        settings = {"with_compile": with_compile, "seconds": 0.1 if quick else 1.0, "announce": announce}
+        settings = {"with_compile": with_compile, "seconds": seconds, "announce": announce}
         try:
             new = run_case(case, direction, device, **settings)
         except Exception as error:

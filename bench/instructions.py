@@ -4,8 +4,8 @@
     python -m bench.instructions --update    # replace it
 
 The package's compiled module is counted as it is; nothing is built. Counts depend on the compiler, so only those of the
-recorded one are compared. valgrind's processor has no AVX-512: baseline and avx2 are counted. An instruction count is no
-time: it does not see caches, latencies or ports, only that a kernel does more than it did.
+recorded one are compared. valgrind's processor has no AVX-512: baseline and avx2 are counted. An instruction count is
+no time: it does not see caches, latencies or ports, only that a kernel does more than it did.
 
 Exit status: 0 no kernel grew; 1 one grew by more than 2%, or has no row; 3 nothing to compare, for the reason printed
 (no valgrind, another compiler).

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import chain, groupby, repeat
+from itertools import chain, cycle, groupby, repeat
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,6 +16,8 @@ from rich.table import Table
 from .harness import COLUMNS
 
 Row = dict[str, object]
+SETTING = ("hardware", "isa", "device", "threads", "malloc")  # rows that differ in one of these are not comparable
+TEXT = {*COLUMNS[: COLUMNS.index("p20_ms")]} - {"threads"}
 COLORS = {
     "eager": "#79706e",
     "eager NHWC": "#bab0ac",
@@ -25,6 +28,7 @@ COLORS = {
     "pyfused": "#2f8f3a",
     "pyfused NHWC": "#8cd17d",
 }
+KINDS = ("eager", "pyfused")
 OP_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d")
 
 
@@ -94,81 +98,139 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a file as `write_csv` wrote them, numbers as numbers."""
+    with path.open(newline="") as file:
+        return [{k: v if k in TEXT else _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
 def latest(path: Path, like: Row) -> list[Row]:
     """The newest row of every case and contender in `path` that was measured as `like` was, ordered by case."""
-    setting = ("hardware", "isa", "device", "threads", "malloc")
     newest: dict[tuple, Row] = {}
-    with path.open(newline="") as file:
-        for text in csv.DictReader(file):
-            if all(text[name] == str(like[name]) for name in setting):
-                row = {k: v if isinstance(like[k], str) else _number(v) for k, v in text.items()}
-                newest[(*_group(row), row["contender"])] = row
+    for row in read_csv(path):
+        if all(row[name] == like[name] for name in SETTING):
+            newest[(*_group(row), row["contender"])] = row
     return sorted(newest.values(), key=lambda row: tuple(map(str, _group(row))))
 
 
-def _number(text: str) -> float | None:
-    return float(text) if text else None
+def _number(text: str) -> float | int | None:
+    return int(text) if text.isdecimal() else float(text) if text else None
 
 
 def plot_speedups(rows: Sequence[Row], path: Path) -> None:
-    """Grouped bars, one group a case: how many times faster than eager each contender is."""
-    groups = [list(group) for _, group in groupby(rows, _group)]
-    figure = Figure(figsize=(11, 1.5 + 0.16 * sum(len(group) for group in groups)), layout="constrained")
-    axes = figure.add_subplot()
-    for index, group in enumerate(groups):
-        bars = {row["contender"]: row["vs_eager"] for row in group if row["contender"] != "eager"}
-        for slot, (name, value) in enumerate(bars.items()):
-            height = 0.8 / len(bars)
-            y = index - 0.4 + (slot + 0.5) * height
-            axes.barh(y, value - 1, height, left=1, color=COLORS.get(name, "black"), label=name)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    labels = ["{op} {case} {dtype}, {direction}".format(**group[0]) for group in groups]
-    axes.set_yticks(range(len(groups)), labels)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlabel("times faster than eager (1 = equal)")
-    axes.set_title(f"{rows[0]['hardware']}, {rows[0]['threads']} threads, {rows[0]['malloc']} malloc", fontsize=9)
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.legend(handles.values(), handles.keys(), fontsize=8)
-    figure.savefig(path, dpi=120)
+    """Grouped bars, a group a case, a panel a direction: how many times faster than eager each contender is."""
+    names = list(dict.fromkeys("{op} {case} {dtype}".format(**row) for row in rows))
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    bars = len({(row["op"], row["case"], row["dtype"], row["contender"]) for row in rows})
+    figure = Figure(figsize=(5 + 4.5 * len(directions), 1.5 + 0.11 * bars), layout="constrained")
+    panels = figure.subplots(1, len(directions), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, direction in zip(panels, directions):
+        for _, group in groupby((row for row in rows if row["direction"] == direction), _group):
+            _draw_bars(axes, names, [row for row in group if row["contender"] != "eager"])
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(direction, fontsize=9)
+        axes.set_xlabel("times faster than eager (1 = equal)", fontsize=8)
+    panels[0].set_yticks(range(len(names)), names, fontsize=7)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle("{hardware}, {threads} threads, {malloc} malloc".format(**rows[0]), fontsize=10)
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, ncols=len(handles), loc="outside lower center")
+    figure.savefig(path, dpi=100)
+
+
+def _draw_bars(axes, names: Sequence[str], group: Sequence[Row]) -> None:
+    height = 0.8 / max(len(group), 1)
+    for slot, row in enumerate(group):
+        y = names.index("{op} {case} {dtype}".format(**row)) - 0.4 + (slot + 0.5) * height
+        color, name = COLORS.get(row["contender"], "black"), row["contender"]
+        axes.barh(y, row["vs_eager"] - 1, height, left=1, color=color, label=name)
 
 
 def plot_roofline(rows: Sequence[Row], path: Path) -> None:
-    """Attained GFLOP/s over flops per byte, under the measured ceilings, of the rows with the first row's dtype.
+    """Attained GFLOP/s over flops per byte, under the measured ceilings: forward and training step side by side.
 
-    A copy is as fast as the cache that its working set fits: the slowest and the fastest that a row was held against.
+    Of the dtype that most rows have. A vertical line leads from eager to pyfused, each in its faster layout; a dash is
+    the ceiling of that case: the copy rate at its working set, or the matrix product. Numbers are named at the right.
     """
-    rows = [row for row in rows if row["dtype"] == rows[0]["dtype"] and row["contender"] in ("eager", "pyfused")]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
-    intensities = [row["flops"] / row["bytes"] for row in rows]
-    low, high = min(intensities) / 2, max(intensities) * 2
+    dtype = Counter(row["dtype"] for row in rows).most_common(1)[0][0]
+    rows = [row for row in rows if row["dtype"] == dtype]
+    names = list(dict.fromkeys((row["op"], row["case"]) for row in rows))
+    colors = dict(zip(dict.fromkeys(op for op, _ in names), cycle(OP_COLORS)))
+    figure = Figure(figsize=(16, max(7.0, 1.0 + 0.22 * len(names))), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(5, 5, 3.6))
+    panels[0].sharex(panels[1])
+    panels[0].sharey(panels[1])
+    for axes, direction in zip(panels, ("forward", "training")):
+        _draw_ceilings(axes, rows)
+        of_direction = [row for row in rows if row["direction"] == direction]
+        labels = []
+        for number, name in enumerate(names, 1):
+            case = [row for row in of_direction if (row["op"], row["case"]) == name]
+            best = {kind: _fastest(row for row in case if row["contender"].startswith(kind)) for kind in KINDS}
+            if all(best.values()):
+                x, color = _intensity(case[0]), colors[name[0]]
+                _draw_case(axes, x, best["eager"], best["pyfused"], color)
+                labels.append((x, best["pyfused"]["gflop_s"], str(number), color))
+        _draw_labels(axes, labels)
+        axes.set_title("forward" if direction == "forward" else "training step", fontsize=10)
+        axes.set_xlabel("flops per byte that must move")
+    panels[0].set_ylabel("GFLOP/s")
+    panels[2].axis("off")
+    for slot, (op, case) in enumerate(names):
+        text = f"{slot + 1}  {op} {case}"
+        y = 1 - (slot + 0.5) / len(names)
+        panels[2].text(0, y, text, color=colors[op], fontsize=7.5, va="center", transform=panels[2].transAxes)
+    setting = "{hardware}, {threads} threads, {malloc} malloc, {dtype}".format(**rows[0])
+    marks = "filled: pyfused, hollow: eager, dash: ceiling of the case (Winograd does fewer flops than are counted)"
+    figure.suptitle(f"{setting}; {marks}", fontsize=10)
+    figure.savefig(path, dpi=100)
+
+
+def _intensity(row: Row) -> float:
+    return row["flops"] / row["bytes"]
+
+
+def _fastest(rows: Iterable[Row]) -> Row | None:
+    return min(rows, key=lambda row: row["p50_ms"], default=None)
+
+
+def _draw_ceilings(axes, rows: Sequence[Row]) -> None:
+    """The slowest and the fastest copy that a row is held against (they differ by the cache that fits), and matmul."""
+    low, high = (
+        min(map(_intensity, rows)) / 12,
+        max(map(_intensity, rows)) * 2,
+    )  # on the left, room for the lines' names
     peak = max(row["matmul_gflop_s"] for row in rows)
-    above = {"xytext": (2, 4), "textcoords": "offset points", "fontsize": 7}
-    rates = sorted({row["copy_gb_s"] for row in rows})
+    rates = sorted(row["copy_gb_s"] for row in rows)
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.25, linewidth=0.5)
     for rate, label in {rates[0]: "slowest copy", rates[-1]: "fastest copy"}.items():
         points = [low, min(max(peak / rate, low), high), high]
         axes.plot(points, [min(peak, x * rate) for x in points], color="black", linewidth=0.8)
-        axes.annotate(f"{label} {rate:.0f} GB/s", (low, low * rate), **above)
-    axes.annotate(f"matrix product {peak:.0f} GFLOP/s", (high, peak), ha="right", **above)
-    ops = list(dict.fromkeys(row["op"] for row in rows))
-    for row in rows:
-        color, fused = OP_COLORS[ops.index(row["op"]) % len(OP_COLORS)], row["contender"] == "pyfused"
-        label = row["op"] if fused and row["op"] not in axes.get_legend_handles_labels()[1] else None
-        axes.plot(
-            row["flops"] / row["bytes"],
-            row["gflop_s"],
-            marker="o" if row["direction"] == "forward" else "s",
-            color=color,
-            fillstyle="full" if fused else "none",
-            linestyle="",
-            label=label,
-        )
-    axes.set(xscale="log", yscale="log", xlabel="flops per byte that must move", ylabel="GFLOP/s")
-    axes.set_title(
-        f"{rows[0]['dtype']}; circle: forward, square: training step; filled: pyfused, hollow: eager", fontsize=9
-    )
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        axes.annotate(f"{label} {rate:.0f} GB/s", (low, low * rate), (4, -2), textcoords="offset points", fontsize=7)
+    axes.text(peak / rates[-1], peak * 1.04, f"matrix product {peak:.0f} GFLOP/s", va="bottom", fontsize=7)
+
+
+def _draw_case(axes, x: float, eager: Row, fused: Row, color: str) -> None:
+    ceiling = min(fused["matmul_gflop_s"], x * fused["copy_gb_s"])
+    axes.plot([x, x], [eager["gflop_s"], fused["gflop_s"]], color=color, linewidth=0.8, alpha=0.5)
+    axes.plot(x, eager["gflop_s"], marker="o", markersize=4.5, fillstyle="none", color=color)
+    axes.plot(x, fused["gflop_s"], marker="o", markersize=5.5, color=color)
+    axes.plot(x, ceiling, marker="_", markersize=9, color=color)
+
+
+def _draw_labels(axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """A number beside each point, moved up where another label is in the way."""
+    height, width, taken = 9, 14, []  # in points of the page
+    axes.figure.draw_without_rendering()  # the axes' final scale
+    to_page = 72 / axes.figure.dpi
+    for x, y, text, color in sorted(labels, key=lambda label: label[1]):
+        at = to_page * axes.transData.transform((x, y))
+        up = 0.0
+        while any(abs(at[0] - a) < width and abs(at[1] + up - b) < height for a, b in taken):
+            up += 1.0
+        taken.append((at[0], at[1] + up))
+        axes.annotate(text, (x, y), (5, up), textcoords="offset points", va="center", fontsize=7, color=color)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
-from . import cases, harness, machine, memory, report
+from . import cases, harness, machine, memory, report, summary
 from .__main__ import app
 from .cases import FULL, QUICK, select
 from .workloads import Conv, CrossEntropy, EmbeddingDot, LinearCrossEntropy
@@ -61,14 +61,29 @@ def test_contenders_agree(case, direction):
     harness.check_agreement(results, case.gradient_tolerance)
 
 
-def test_interleaving_gives_every_contender_its_turn_in_every_round():
-    order = []
-    runs = {name: lambda name=name: order.append(name) for name in "abc"}
-    timings = harness.interleave(runs, CPU, seconds=1e-9, rounds=4)
+@pytest.fixture
+def order(monkeypatch):
+    """The calls that `interleave` times, with a clock by which "slow" takes 600 ms and everybody else 300."""
+    calls = []
+
+    def timed_calls(run, count, device):
+        calls.extend([run] * count)
+        return [600.0 if run == "slow" else 300.0] * count
+
+    monkeypatch.setattr(harness, "_timed_calls", timed_calls)
+    return calls
+
+
+def test_interleaving_gives_every_contender_its_turn_in_every_round(order):
+    timings = harness.interleave({name: name for name in "abc"}, CPU, seconds=0.5, rounds=4)
     assert order[-12:] == list("abccbaabccba")  # at so little time a turn is one call
-    for timing in timings.values():
-        assert timing.calls == 4
-        assert 0 <= timing.p20 <= timing.p50 <= timing.p80
+    assert all(timing == harness.Timing(300, 300, 300, calls=4) for timing in timings.values())
+
+
+def test_a_contender_that_needs_more_than_its_time_for_one_call_has_three_turns(order):
+    timings = harness.interleave({"slow": "slow", "fast": "fast"}, CPU, seconds=0.5, rounds=7)
+    assert timings["slow"].calls == 3 and timings["fast"].calls == 7
+    assert "-".join(order).replace("slow", "s").replace("fast", "f") == "s-f-f-" + "s-f-f-f-f-s-f-f-s-f"
 
 
 def test_a_longer_budget_means_more_calls():
@@ -217,7 +232,8 @@ def test_compare_gives_rows_that_become_csv_and_plots(tmp_path):
     report.write_csv([{**row, "p50_ms": 7.0} for row in rows], path)
     newest = report.latest(path, rows[0])
     assert len(newest) == len(rows) and {row["p50_ms"] for row in newest} == {7.0}
-    assert report.latest(path, {**rows[0], "hardware": "another machine"}) == []
+    for other in ({"hardware": "another machine"}, {"threads": 64}, {"malloc": "another"}):
+        assert report.latest(path, rows[0] | other) == []
     with path.open(newline="") as file:
         stored = list(csv.DictReader(file))
     assert len(stored) == 2 * len(rows) and list(stored[0]) == harness.COLUMNS
@@ -230,6 +246,48 @@ def test_compare_gives_rows_that_become_csv_and_plots(tmp_path):
     path.write_text("other,columns\n")
     with pytest.raises(ValueError, match="other columns"):
         report.write_csv(rows, path)
+
+
+def run_of(direction="training", op="conv2d_relu", **ms):
+    """Rows of one run of one case, with these medians."""
+    common = {name: "" for name in harness.COLUMNS} | {"op": op, "case": "8x3", "dtype": "float32", "share": 0.5}
+    common |= {"direction": direction, "extra_mib": None}
+    return [common | {"contender": name.replace("_", " "), "p50_ms": value} for name, value in ms.items()]
+
+
+def test_summary_sets_the_last_runs_beside_each_other():
+    runs = [
+        run_of(eager=100.0, compile=100.0, pyfused=1.0),  # an old run, which two later ones replace
+        run_of(eager=8.0, eager_NHWC=3.9, compile=5.0, compile_NHWC=3.0, pyfused=10.0, pyfused_NHWC=4.0),
+        run_of("forward", eager=2.0, pyfused=1.0),
+        run_of(eager=9.0, eager_NHWC=4.1, compile=6.0, compile_NHWC=2.8, pyfused=10.0, pyfused_NHWC=4.0),
+    ]
+    training, forward = summary.races([row for run in runs for row in run], 2)
+    assert training.ours == "pyfused NHWC" and training.ms("eager") == 8.5
+    assert training.ratios("eager") == [2.0, 2.25]
+    assert training.ratios(*summary.COMPILED) == [0.75, 0.7]
+    assert forward.ratios("eager") == [2.0] and forward.ratios(*summary.COMPILED) == []
+    lost = {text.split(": ")[1] for _, text in training.lost()}
+    # NHWC draws level with eager NHWC; in NCHW ours is slower than eager, though nobody would choose it.
+    assert lost == {"pyfused NHWC 0.75x, 0.70x as fast as compile NHWC", "pyfused 0.80x, 0.90x as fast as eager"}
+    assert list(forward.lost()) == []
+    assert summary.spread([training, forward]).endswith("by 12% (median case) to 12% (worst).")
+    line = summary.markdown([training]).splitlines()[2]
+    assert line == "| conv2d_relu 8x3, training | 4 ms | 2.1x NCHW, 1.0x channels_last | **0.72x** |"
+
+
+def test_summary_says_which_losses_are_not_in_every_run():
+    runs = run_of(eager=9.0, pyfused=10.0) + run_of(eager=10.5, pyfused=10.0)
+    (race,) = summary.races(runs, 2)
+    ((ratio, text),) = race.lost()
+    assert ratio == pytest.approx(0.975) and text.endswith("pyfused 0.90x, 1.05x as fast as eager  (not in every run)")
+
+
+def test_summary_of_the_committed_rows():
+    result = CliRunner().invoke(summary.app, [])
+    assert result.exit_code == 0 and "comparisons lost" in result.output and "linear_cross_entropy" in result.output
+    result = CliRunner().invoke(summary.app, ["--markdown"])
+    assert result.output.startswith("| what | pyfused |") and result.output.count("\n| ") > 20
 
 
 class Hungry(CrossEntropy):
@@ -262,7 +320,7 @@ def test_command_line(tmp_path):
     assert result.exit_code == 0, result.output
     assert {p.name for p in tmp_path.iterdir()} == {
         "cpu.csv",
-        *(f"{plot}-cpu-{machine.malloc_mode()}-malloc.png" for plot in ("speedup", "roofline")),
+        *(f"{plot}-cpu-1-threads-{machine.malloc_mode()}-malloc.png" for plot in ("speedup", "roofline")),
     }
     assert "pyfused" in result.output and "8192x10" in result.output
     result = runner.invoke(app, ["conv3d", "--quick"])
