@@ -133,9 +133,10 @@ def markdown(found: Sequence[Race]) -> str:
         of_case = list(of_case)
         what = f"{title}, {' / '.join(race['direction'] for race in of_case)}"
         ms = " / ".join(f"{race.ms(race.ours):.3g}" for race in of_case) + " ms"
-        newest = of_case[-1].runs[-1]
-        if (extra := newest[of_case[-1].ours]["extra_mib"]) is not None:
-            ms += f", {extra:.0f} MiB extra (eager {newest['eager']['extra_mib']:.0f})"
+        measured = [run for run in of_case[-1].runs if run["eager"]["extra_mib"] is not None]  # not every run does
+        if measured:
+            ours, eager = (measured[-1][name]["extra_mib"] for name in (of_case[-1].ours, "eager"))
+            ms += f", {ours:.0f} MiB extra (eager {eager:.0f})"
         eager = [(LAYOUTS[rival], _quoted(of_case, rival)) for rival in LAYOUTS]
         both = all(text for _, text in eager)
         eager = ", ".join(f"{text} {layout}" if both else text for layout, text in eager if text)
