@@ -17,6 +17,8 @@ from itertools import cycle, pairwise
 import torch
 from torch import Tensor
 
+import pyfused
+
 from . import machine
 
 COLUMNS = [
@@ -247,6 +249,7 @@ def run_case(
 ) -> list[dict]:
     """Rows (see `COLUMNS`) of one case in one direction, one row a contender. Raises `Disagreement`."""
     torch.manual_seed(0)
+    pyfused.empty_cache()  # a case must not find it full of blocks of the sizes of the cases before it
     freezing = contextlib.nullcontext()
     if with_compile:
         torch.compiler.reset()  # a case must not meet the recompile limit because of the cases before it
