@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -34,10 +35,10 @@ def serving_cpu(backend: str) -> Iterator[None]:
 
 @functools.cache
 def cuda_module():
-    """csrc/cuda compiled for the CPU; skips where that cannot be."""
+    """csrc/cuda compiled for the CPU; skips where that cannot be. PYFUSED_EMULATION names another library (mutate.py)."""
     if reason := _binary.why_not or build.why_not():
         pytest.skip(reason)
-    return build.load(build.build())
+    return build.load(os.environ.get("PYFUSED_EMULATION") or build.build())
 
 
 @contextlib.contextmanager

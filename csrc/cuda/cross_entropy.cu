@@ -9,8 +9,9 @@
 //         16-byte loads, what lies outside 16-byte boundaries one by one (at most 2 x 15 bytes of a row). Other layouts,
 //         (N, C, P) above all: 32 adjacent positions to a warp, coalesced; from 64 classes on 8 warps share the classes.
 // Traffic R C sizeof(T) bytes read, plus 8 R of labels and 12 R of statistics; 8192 x 128256 bf16: 2.1 GB, 0.49 ms at
-//         the 4.3 TB/s that an H200 copies. Arithmetic: one exp per element, about 8 instructions, 60% of what the
-//         multiprocessors issue in that time: bound by memory. Small problems are bound by the launch (2-3 us).
+//         the 4.3 TB/s that an H200 copies. Arithmetic: one exp and about 11 instructions per 16-bit element (read off
+//         the disassembly), three quarters of what the multiprocessors issue in that time: bound by memory, not by
+//         much. Small problems are bound by the launch (2-3 us). None of these times has been measured.
 //         Few rows of many classes use one multiprocessor a row: 256 KB in about 4 us.
 // Online  Each thread keeps the maximum so far and ∑ exp(z - maximum), rescaled when the maximum grows; one comparison
 //         per 16 bytes. Labels: ∑ leaves the label out, see pyfused/ops/cross_entropy.py for what is saved and why.
@@ -36,7 +37,7 @@ struct RowSums {   // of some of a row's classes
   __device__ __forceinline__ void raise_top(C to) {
     if (to > top) {
       if (top > -C(INFINITY)) {
-        others *= exp_of(top - to);
+        others *= exp(top - to);
         spread += mass * (to - top);
       }
       top = to;
@@ -44,13 +45,13 @@ struct RowSums {   // of some of a row's classes
   }
 
   // The classes c, c + step, ... with the logits x.
-  template <bool SOFT, int N, class U>
-  __device__ __forceinline__ void add(const Problem<C>& p, C (&x)[N], const U* y, int64_t y_stride, int64_t label,
-                                      int c, int step) {
+  template <bool SOFT, class T, int N, class U>
+  __device__ __forceinline__ void add(const Problem<C>& p, C (&x)[N], const U* y, int64_t y_stride, int label, int c,
+                                      int step) {
     p.cap(x);
     C most = x[0];
 #pragma unroll
-    for (int i = 1; i < N; ++i) most = x[i] > most ? x[i] : most;
+    for (int i = 1; i < N; ++i) most = fmax(x[i], most);  // ignores NaN
     raise_top(most);
     const C base = top > -C(INFINITY) ? top : C(0);  // nothing but -inf so far: exp(-inf) instead of exp(NaN)
     if (SOFT || p.spread > 0) {
@@ -62,7 +63,7 @@ struct RowSums {   // of some of a row's classes
         mass += u[i];
       }
     }
-    if (label >= c && label < c + static_cast<int64_t>(N) * step) {
+    if (static_cast<unsigned>(label - c) < static_cast<unsigned>(N * step)) {
 #pragma unroll
       for (int i = 0; i < N; ++i)
         if (label == c + i * step) {
@@ -71,7 +72,7 @@ struct RowSums {   // of some of a row's classes
         }
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) others += exp_of(x[i] - base);
+    for (int i = 0; i < N; ++i) others += exp_of<T>(x[i] - base);
   }
 
   __device__ __forceinline__ void combine_lanes(int lanes, bool with_spread) {
@@ -103,7 +104,7 @@ struct Outputs {
 // Writes what one row keeps; adds its loss and weight to `sums`.
 template <bool SOFT, class C>
 __device__ __forceinline__ void finish_row(const Problem<C>& p, const Outputs<C>& out, RowSums<C> s, int64_t r,
-                                           int64_t label, double (&sums)[2]) {
+                                           int label, double (&sums)[2]) {
   if (!SOFT && label == kIgnored && !out.lse) s.top = 0, s.others = 1;  // was not read: finite statistics
   const C w = p.row_weight(label), at_label = label >= 0 ? exp(s.at_label - s.top) : C(0);
   // S - 1, which is exactly the sum of the others where the label has the maximum (at_label = 1)
@@ -149,24 +150,21 @@ __device__ void finish(const Problem<C>& p, const Outputs<C>& out, const double 
 
 // Classes adjacent: p.lanes threads to a row.
 template <bool SOFT, class T, class U, class C = compute_t<T>>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(512, kBlocksAtOnce<C, SOFT>)
     forward_rows(Problem<C> p, Outputs<C> out, Matrix<const T> logits, Matrix<const U> probabilities) {
   __shared__ RowSums<C> of_warp[16];
   const int lane = threadIdx.x % p.lanes, group = threadIdx.x / p.lanes, groups = blockDim.x / p.lanes;
   const bool with_spread = SOFT || p.spread > 0;
   double sums[2] = {0, 0};
   for (int64_t first = int64_t(blockIdx.x) * groups; first < p.rows; first += int64_t(gridDim.x) * groups) {
-    const int64_t r = first + group, label = p.label(r);
+    const int64_t r = first + group;
+    const int label = p.label(r);
     RowSums<C> s = RowSums<C>::none();
     if (r < p.rows && (SOFT || label != kIgnored || out.lse)) {
       const T* z = logits.row(r);
       const U* y = SOFT ? probabilities.row(r) : nullptr;
-      for_each_vector(z, p.classes, lane, p.lanes, [&](int c, auto count) {
-        constexpr int n = decltype(count)::value;
-        C x[n];
-        load(x, z + c, n > 1);
-        s.template add<SOFT>(p, x, y, 1, label, c, 1);
-      });
+      for_each_vector(z, p.classes, lane, p.lanes,
+                      [&](int c, auto& x) { s.template add<SOFT, T>(p, x, y, 1, label, c, 1); });
     }
     s.combine_lanes(min(p.lanes, 32), with_spread);
     if (p.lanes > 32) {
@@ -183,14 +181,15 @@ __global__ void __launch_bounds__(512, 1)
 
 // Any strides: a lane to a row, p.slices warps to 32 rows.
 template <bool SOFT, class T, class U, class C = compute_t<T>>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, 2 * kBlocksAtOnce<C, SOFT>)
     forward_columns(Problem<C> p, Outputs<C> out, Matrix<const T> logits, Matrix<const U> probabilities) {
   __shared__ RowSums<C> of_slice[kBlock / 32][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = warp % p.slices;
   const int at_once = kBlock / p.slices;  // rows
   double sums[2] = {0, 0};
   for (int64_t first = int64_t(blockIdx.x) * at_once; first < p.rows; first += int64_t(gridDim.x) * at_once) {
-    const int64_t r = first + warp / p.slices * 32 + lane, label = p.label(r);
+    const int64_t r = first + warp / p.slices * 32 + lane;
+    const int label = p.label(r);
     RowSums<C> s = RowSums<C>::none();
     if (r < p.rows && (SOFT || label != kIgnored || out.lse)) {
       const T* z = logits.row(r);
@@ -201,11 +200,11 @@ __global__ void __launch_bounds__(kBlock, 1)
         C x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = to_compute(z[(c + i * p.slices) * stride]);
-        s.template add<SOFT>(p, x, y, y_stride, label, c, p.slices);
+        s.template add<SOFT, T>(p, x, y, y_stride, label, c, p.slices);
       }
       for (; c < p.classes; c += p.slices) {
         C x[1] = {to_compute(z[c * stride])};
-        s.template add<SOFT>(p, x, y, y_stride, label, c, p.slices);
+        s.template add<SOFT, T>(p, x, y, y_stride, label, c, p.slices);
       }
     }
     if (p.slices > 1) {

@@ -10,7 +10,10 @@ enum Reduction { none, mean, sum };
 constexpr int kBlock = 256;  // threads, where a block serves several rows
 // More blocks than this take several rows or groups of rows each: bounds the sums that the last block adds.
 constexpr int kMaxBlocks = 4096;
-enum : int64_t { kIgnored = -1, kBadLabel = -2 };
+// Blocks of 512 threads that a multiprocessor must hold at once: bounds the registers, to 64 or 128 a thread.
+template <class C, bool SOFT>
+constexpr int kBlocksAtOnce = SOFT || sizeof(C) == 8 ? 1 : 2;
+enum : int { kIgnored = -1, kBadLabel = -2 };
 
 template <class T>
 struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
@@ -37,20 +40,20 @@ struct Problem {
   C* stats;               // [3, rows]
   IndexError* index_error;
   C keep, spread;  // 1 - ε and ε / C
-  C z_loss, softcap;
+  C z_loss, softcap, inverse_softcap;
   int classes, reduction;
   int lanes;   // threads that share a row whose classes are adjacent
   int slices;  // warps that share 32 rows whose classes are not
 
   // The row's label, kIgnored or kBadLabel; kIgnored for probabilities and past the last row.
-  __device__ __forceinline__ int64_t label(int64_t r) const {
+  __device__ __forceinline__ int label(int64_t r) const {
     if (!labels || r >= rows) return kIgnored;
     const int64_t t = labels[r];
     if (t == ignore_index) return kIgnored;
-    return static_cast<uint64_t>(t) < static_cast<uint64_t>(classes) ? t : kBadLabel;
+    return static_cast<uint64_t>(t) < static_cast<uint64_t>(classes) ? static_cast<int>(t) : kBadLabel;
   }
   // What the row counts: its label's weight, 1 for probabilities, 0 for an ignored row or a bad label.
-  __device__ __forceinline__ C row_weight(int64_t label) const {
+  __device__ __forceinline__ C row_weight(int label) const {
     if (!labels) return C(1);
     return label < 0 ? C(0) : weight ? weight[label] : C(1);
   }
@@ -58,7 +61,7 @@ struct Problem {
   __device__ __forceinline__ void cap(C (&x)[N]) const {
     if (softcap > 0) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = softcap * tanh(x[i] / softcap);
+      for (int i = 0; i < N; ++i) x[i] = softcap * tanh(x[i] * inverse_softcap);
     }
   }
   // u: what of the target falls on each of N classes, besides the label: w_c ((1-ε) y_c + ε/C) for probabilities, w_c
@@ -102,6 +105,7 @@ Problem<C> problem_of(const View& input, const View& target, const View& weight,
   p.spread = static_cast<C>(label_smoothing / input.shape[1]);
   p.z_loss = static_cast<C>(z_loss);
   p.softcap = static_cast<C>(softcap);
+  p.inverse_softcap = static_cast<C>(softcap > 0 ? 1 / softcap : 0);
   p.reduction = reduction;
   // About four 16-byte loads a thread; beyond 4096 classes a block of 256 or 512 threads for every row.
   const int64_t loads = ceil_div(p.classes, 4 * kWidth<T>);

@@ -25,7 +25,7 @@ struct Slopes {
 };
 
 template <bool SOFT, class C>
-__device__ __forceinline__ Slopes<C> slopes_of(const Problem<C>& p, const Upstream<C>& up, int64_t r, int64_t label) {
+__device__ __forceinline__ Slopes<C> slopes_of(const Problem<C>& p, const Upstream<C>& up, int64_t r, int label) {
   const C top = p.stats[r], all = p.stats[p.rows + r], x = p.stats[2 * p.rows + r], w = p.row_weight(label);
   C g = p.reduction == none ? up.loss[r] : p.reduction == mean ? *up.loss / *up.total : *up.loss;
   if (!SOFT && label < 0) g = 0;
@@ -44,26 +44,26 @@ __device__ __forceinline__ Slopes<C> slopes_of(const Problem<C>& p, const Upstre
 }
 
 // The logits x of the classes c, c + step, ... become their gradients.
-template <bool SOFT, int N, class U, class C>
+template <bool SOFT, class T, int N, class U, class C>
 __device__ __forceinline__ void slope(const Problem<C>& p, const Slopes<C>& s, C (&x)[N], const U* y, int64_t y_stride,
-                                      int64_t label, int c, int step) {
+                                      int label, int c, int step) {
   p.cap(x);
   C d[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) d[i] = exp_of(x[i] - s.top) * s.factor;
+  for (int i = 0; i < N; ++i) d[i] = exp_of<T>(x[i] - s.top) * s.factor;
   if (SOFT || p.spread > 0) {
     C u[N];
     p.template spread_target<SOFT>(u, y, y_stride, c, step);
 #pragma unroll
     for (int i = 0; i < N; ++i) d[i] -= s.scale * u[i];
   }
-  if (label >= c && label < c + static_cast<int64_t>(N) * step) {
+  if (static_cast<unsigned>(label - c) < static_cast<unsigned>(N * step)) {
 #pragma unroll
     for (int i = 0; i < N; ++i) d[i] = label == c + i * step ? s.at_label : d[i];
   }
   if (p.softcap > 0) {  // times dz / d input = 1 - tanh²
 #pragma unroll
-    for (int i = 0; i < N; ++i) d[i] *= (C(1) - x[i] / p.softcap) * (C(1) + x[i] / p.softcap);
+    for (int i = 0; i < N; ++i) d[i] *= (C(1) - x[i] * p.inverse_softcap) * (C(1) + x[i] * p.inverse_softcap);
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] = d[i];
@@ -71,37 +71,35 @@ __device__ __forceinline__ void slope(const Problem<C>& p, const Slopes<C>& s, C
 
 // Classes adjacent: p.lanes threads to a row.
 template <bool SOFT, class T, class U, class C = compute_t<T>>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(512, kBlocksAtOnce<C, SOFT>)
     backward_rows(Problem<C> p, Upstream<C> up, Matrix<T> grad, Matrix<const T> logits, Matrix<const U> probabilities) {
   const int lane = threadIdx.x % p.lanes, group = threadIdx.x / p.lanes, groups = blockDim.x / p.lanes;
   for (int64_t r = int64_t(blockIdx.x) * groups + group; r < p.rows; r += int64_t(gridDim.x) * groups) {
-    const int64_t label = p.label(r);
+    const int label = p.label(r);
     const Slopes<C> s = slopes_of<SOFT>(p, up, r, label);
-    const T* z = logits.row(r);
     const U* y = SOFT ? probabilities.row(r) : nullptr;
     T* out = grad.row(r);
-    for_each_vector(z, p.classes, lane, p.lanes, [&](int c, auto count) {
-      constexpr int n = decltype(count)::value;
-      C x[n] = {};
-      if (s.live) {
-        load(x, z + c, n > 1);
-        slope<SOFT>(p, s, x, y, 1, label, c, 1);
-      }
-      store(out + c, x, is_aligned(out + c));
-    });
+    if (s.live)
+      for_each_vector(logits.row(r), p.classes, lane, p.lanes, [&](int c, auto& x) {
+        slope<SOFT, T>(p, s, x, y, 1, label, c, 1);
+        store(out + c, x, is_aligned(out + c));
+      });
+    else
+      for (int c = lane; c < p.classes; c += p.lanes) out[c] = from_compute<T>(C(0));
   }
 }
 
 // Any strides: a lane to a row, p.slices warps to 32 rows.
 template <bool SOFT, class T, class U, class C = compute_t<T>>
-__global__ void __launch_bounds__(kBlock, 1) backward_columns(Problem<C> p, Upstream<C> up, Matrix<T> grad,
-                                                              Matrix<const T> logits, Matrix<const U> probabilities) {
+__global__ void __launch_bounds__(kBlock, 2 * kBlocksAtOnce<C, SOFT>)
+    backward_columns(Problem<C> p, Upstream<C> up, Matrix<T> grad, Matrix<const T> logits,
+                     Matrix<const U> probabilities) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = warp % p.slices;
   const int at_once = kBlock / p.slices;  // rows
   for (int64_t first = int64_t(blockIdx.x) * at_once; first < p.rows; first += int64_t(gridDim.x) * at_once) {
     const int64_t r = first + warp / p.slices * 32 + lane;
     if (r >= p.rows) continue;
-    const int64_t label = p.label(r);
+    const int label = p.label(r);
     const Slopes<C> s = slopes_of<SOFT>(p, up, r, label);
     const T* z = logits.row(r);
     const U* y = SOFT ? probabilities.row(r) : nullptr;
@@ -112,7 +110,7 @@ __global__ void __launch_bounds__(kBlock, 1) backward_columns(Problem<C> p, Upst
       C x[1] = {};
       if (s.live) {
         x[0] = to_compute(z[c * logits.class_stride]);
-        slope<SOFT>(p, s, x, y, y_stride, label, c, p.slices);
+        slope<SOFT, T>(p, s, x, y, y_stride, label, c, p.slices);
       }
       out[c * grad.class_stride] = from_compute<T>(x[0]);
     }

@@ -214,6 +214,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
 using std::exp;
+using std::fmax;
 using std::log;
 using std::log1p;
 using std::sqrt;
