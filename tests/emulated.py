@@ -35,7 +35,7 @@ def serving_cpu(backend: str) -> Iterator[None]:
 
 @functools.cache
 def cuda_module():
-    """csrc/cuda compiled for the CPU; skips where that cannot be. PYFUSED_EMULATION names another library (mutate.py)."""
+    """csrc/cuda compiled for the CPU; skips where that cannot be. PYFUSED_EMULATION: another library (mutate.py)."""
     if reason := _binary.why_not or build.why_not():
         pytest.skip(reason)
     return build.load(os.environ.get("PYFUSED_EMULATION") or build.build())
