@@ -1,67 +1,26 @@
-// The module pyfused._C: the only file that knows Python. Tensors arrive as Views through DLPack's C exchange API
-// (about 0.1 us each), kernels run without the GIL, and a Status becomes an exception.
-#include <pybind11/pybind11.h>
+// The module pyfused._C: with tensor_caster.h the only file that knows Python. Tensors arrive as Views, kernels run
+// without the GIL, and a Status becomes an exception.
 #include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "build_info.h"
 #include "cpu/cache.h"
 #include "cpu/isa.h"
+#include "tensor_caster.h"
 #ifdef PYFUSED_HAS_CUDA
 #include "cuda/device.h"
+#include "cuda/kernels.h"
 #endif
-
-namespace py = pybind11;
 
 namespace pyfused {
 namespace {
-
-DType dtype_of(DLDataType dtype) {
-  static constexpr struct {
-    uint8_t code, bits;
-    DType dtype;
-  } known[] = {{2, 32, DType::f32}, {2, 64, DType::f64}, {4, 16, DType::bf16}, {2, 16, DType::f16},
-               {0, 32, DType::i32}, {0, 64, DType::i64}, {1, 8, DType::u8},    {6, 8, DType::boolean}};
-  for (const auto& k : known)
-    if (dtype.code == k.code && dtype.bits == k.bits && dtype.lanes == 1) return k.dtype;
-  return DType::other;
-}
-
-// The exchange API of a tensor type, or nullptr. One entry is remembered: in practice all arguments are torch.Tensor or
-// torch.nn.Parameter, which inherits it.
-const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
-  static PyTypeObject* seen_type = nullptr;
-  static const DLPackExchangeAPI* seen_api = nullptr;
-  if (type != seen_type) {
-    py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
-    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
-    auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    while (api && api->version.major != 1) api = api->previous;
-    seen_type = type;
-    seen_api = api;
-  }
-  return seen_api;
-}
-
-bool read_view(PyObject* object, View& view) {
-  if (object == Py_None) return true;  // absent
-  const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object));
-  if (!api) return false;
-  DLTensor tensor;
-  if (api->view_from_object(object, &tensor) != 0) throw py::error_already_set();
-  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  view.shape = tensor.shape;
-  view.strides = tensor.strides;
-  view.ndim = tensor.ndim;
-  view.dtype = dtype_of(tensor.dtype);
-  view.device = tensor.device;
-  return true;
-}
 
 // A tensor like `prototype` (shape, strides, dtype) whose memory comes from the cache and goes back to it.
 struct CachedTensor {
@@ -94,14 +53,6 @@ py::object cached_like(py::object prototype) {
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
-void raise(const char* kernel, const Status& status) {
-  std::string argument = status.argument ? status.argument : "";
-  if (status.code == Status::out_of_range)
-    throw py::index_error(argument + " " + std::to_string(status.value) + " is out of bounds: " + argument + "[" +
-                          std::to_string(status.position) + "] must lie in [0, " + std::to_string(status.limit) + ")");
-  throw py::value_error(std::string(kernel) + ": " + argument + ": " + status.problem);
-}
-
 // A Python function that calls the current instruction set's version of one kernel.
 template <class... A>
 void define_cpu(py::module_& m, const char* name, Status (*Kernels::*kernel)(A...)) {
@@ -120,16 +71,52 @@ void define_cpu(py::module_& m, const char* name, Status (*Kernels::*kernel)(A..
   });
 }
 
+#ifdef PYFUSED_HAS_CUDA
+void check_errors() {
+  if (Status status = cuda::take_index_error(); status.code != Status::ok) raise("check_errors", status);
+}
+
+// PyTorch's current stream on this device, from the exchange API of the call's tensors.
+Stream current_stream(int device) {
+  void* stream = nullptr;
+  if (seen_api->current_stream(2, device, &stream) != 0) throw py::error_already_set();
+  return static_cast<Stream>(stream);
+}
+
+// A Python function that launches one kernel on the device of its tensors, on the stream that is current there.
+template <class... A, std::size_t... I>
+void define_cuda(py::module_& m, const char* name, Status (*kernel)(A...), std::index_sequence<I...>) {
+  using Arguments = std::tuple<A...>;  // the last is the stream
+  m.def(name, [name, kernel](std::tuple_element_t<I, Arguments>... arguments) {
+    check_errors();
+    int device = -1;
+    auto check_device = [&](const auto& a) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(a)>, View>) {
+        if (!a) return;
+        if (a.device.type != 2 || (device >= 0 && a.device.id != device))
+          throw py::value_error(std::string(name) + ": every tensor must be on one CUDA device");
+        device = a.device.id;
+      }
+    };
+    (check_device(arguments), ...);
+    const Stream stream = current_stream(device);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      cuda::DeviceGuard guard(device);
+      status = kernel(arguments..., stream);
+    }
+    if (status.code != Status::ok) raise(name, status);
+  });
+}
+template <class... A>
+void define_cuda(py::module_& m, const char* name, Status (*kernel)(A...)) {
+  define_cuda(m, name, kernel, std::make_index_sequence<sizeof...(A) - 1>());
+}
+#endif
+
 }  // namespace
 }  // namespace pyfused
-
-namespace pybind11::detail {
-template <>
-struct type_caster<pyfused::View> {
-  PYBIND11_TYPE_CASTER(pyfused::View, const_name("torch.Tensor | None"));
-  bool load(handle source, bool) { return pyfused::read_view(source.ptr(), value); }
-};
-}  // namespace pybind11::detail
 
 PYBIND11_MODULE(_C, m) {
   using namespace pyfused;
@@ -147,7 +134,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cache_limit", &cache_limit, py::arg("bytes"), "Hold at most this many bytes.");
   m.attr("cache_smallest") = kCacheSmallest;
 #ifdef PYFUSED_HAS_CUDA
-  m.def("why_no_cuda", &why_no_cuda, py::arg("device"), "Why no CUDA kernel can run on this device; None if one can.");
+  m.def("why_no_cuda", &cuda::why_not, py::arg("device"),
+        "Why no CUDA kernel can run on this device; None if one can.");
+  m.def("cuda_check_errors", &check_errors, "Raise for an id out of range that a finished CUDA kernel met.");
+#define PYFUSED_BIND(name, arguments) define_cuda(m, "cuda_" #name, &cuda::name);
+  PYFUSED_CUDA_KERNELS(PYFUSED_BIND)
+#undef PYFUSED_BIND
 #endif
 #define PYFUSED_BIND(name, arguments) define_cpu(m, #name, &Kernels::name);
   PYFUSED_CPU_KERNELS(PYFUSED_BIND)

@@ -84,9 +84,9 @@ struct View {
 
 // What a kernel returns. `argument` and `problem` are string literals.
 struct Status {
-  enum Code { ok, invalid, out_of_range } code = ok;
+  enum Code { ok, invalid, out_of_range, failed } code = ok;
   const char* argument = nullptr;
-  const char* problem = nullptr;  // invalid: what the kernel needs
+  const char* problem = nullptr;  // invalid: what the kernel needs; failed: what the CUDA runtime says
   int64_t position = 0, value = 0,
           limit = 0;  // out_of_range: argument.flatten()[position] = value is not in [0, limit)
 };

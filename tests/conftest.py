@@ -1,12 +1,19 @@
 """Fixtures shared by all tests: every usable backend and instruction set; what is missing skips with its reason."""
 
+import contextlib
+
+import emulated
 import pytest
 import torch
 
 import pyfused
-from pyfused import _binary
+from pyfused import _binary, dispatch
 
-VARIANTS = ["reference", "cpu-baseline", "cpu-avx2", "cpu-avx512", "cuda", "triton"]
+VARIANTS = ["reference", "cpu-baseline", "cpu-avx2", "cpu-avx512", "cuda", "cuda-emulated", "triton"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--emulate-all", action="store_true", help="emulate a GPU for large cases, too (minutes)")
 
 
 def pytest_configure(config):
@@ -16,15 +23,33 @@ def pytest_configure(config):
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     """Run the test on one backend and, for "cpu-*", one instruction set. Gives the device of its tensors."""
-    backend, _, isa = request.param.partition("-")
-    if reason := pyfused.available_backends()[backend]:
-        pytest.skip(reason)
-    if isa and isa not in _binary._C.isas():
+    backend, _, how = request.param.partition("-")
+    with contextlib.ExitStack() as stack:
+        if how == "emulated":
+            case = request.node.callspec.params.get("case")
+            if case and emulated.too_large(case) and not request.config.getoption("--emulate-all"):
+                pytest.skip("too large to emulate by default: --emulate-all")
+            stack.enter_context(emulated.cuda_on_cpu())
+        elif reason := pyfused.available_backends()[backend]:
+            pytest.skip(reason)
+        elif how:
+            stack.enter_context(instruction_set(how))
+        skip_without_kernel(request, backend)
+        stack.enter_context(pyfused.use_backend(backend))
+        yield "cuda" if backend in ("cuda", "triton") and how != "emulated" else "cpu"
+
+
+@contextlib.contextmanager
+def instruction_set(isa):
+    if isa not in _binary._C.isas():
         pytest.skip(f"this CPU has no {isa}")
-    before = _binary._C.isa() if isa else None
-    if isa:
-        _binary._C.set_isa(isa)
-    with pyfused.use_backend(backend):
-        yield "cuda" if backend in ("cuda", "triton") else "cpu"
-    if isa:
-        _binary._C.set_isa(before)
+    before = _binary._C.isa()
+    _binary._C.set_isa(isa)
+    yield
+    _binary._C.set_isa(before)
+
+
+def skip_without_kernel(request, backend):
+    case = request.node.callspec.params.get("case")
+    if case and backend not in dispatch.TABLE[case.op]:
+        pytest.skip(f"the {backend} backend has no kernel for {case.op}")

@@ -5,11 +5,12 @@
 #include "cuda/device.h"
 
 namespace pyfused {
+namespace cuda {
 namespace {
 __global__ void probe() {}
 }  // namespace
 
-const char* why_no_cuda(int device) {
+const char* why_not(int device) {
   int count = 0, before = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -23,4 +24,14 @@ const char* why_no_cuda(int device) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+DeviceGuard::DeviceGuard(int device) {
+  int current = device;
+  if (cudaGetDevice(&current) == cudaSuccess && current != device && cudaSetDevice(device) == cudaSuccess)
+    before_ = current;
+}
+DeviceGuard::~DeviceGuard() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+}  // namespace cuda
 }  // namespace pyfused

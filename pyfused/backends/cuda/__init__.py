@@ -1,8 +1,11 @@
-"""The CUDA C++ backend: what must hold before any of its kernels can run."""
+"""The CUDA C++ backend: adapters from registered ops to the kernels of csrc/cuda, one file per op."""
 
 import torch
 
-from .. import _binary
+from ... import _binary
+
+if _binary._C is not None:
+    from . import cross_entropy, linear_cross_entropy  # noqa: F401
 
 
 def unavailable() -> str | None:

@@ -1,0 +1,170 @@
+// What both directions of cross_entropy stand on: the problem, its labels, its rows in memory.
+#pragma once
+#include "cuda/common.cuh"
+#include "cuda/index_errors.cuh"
+
+namespace pyfused {
+namespace cuda {
+
+enum Reduction { none, mean, sum };
+constexpr int kBlock = 256;  // threads, where a block serves several rows
+// More blocks than this take several rows or groups of rows each: bounds the sums that the last block adds.
+constexpr int kMaxBlocks = 4096;
+// Blocks of 512 threads that a multiprocessor must hold at once: bounds the registers, to 64 or 128 a thread.
+template <class C, bool SOFT>
+constexpr int kBlocksAtOnce = SOFT || sizeof(C) == 8 ? 1 : 2;
+enum : int { kIgnored = -1, kBadLabel = -2 };
+
+template <class T>
+struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
+  T* data;
+  int64_t class_stride, outer_stride, inner_stride, inner;
+
+  explicit Matrix(const View& v)
+      : data(v.as<T>()),
+        class_stride(v.strides[1]),
+        outer_stride(v.ndim == 3 ? v.strides[0] : 0),
+        inner_stride(v.ndim == 3 ? v.strides[2] : v.strides[0]),
+        inner(v.ndim == 3 ? v.shape[2] : INT64_MAX) {}
+  __device__ __forceinline__ T* row(int64_t r) const {
+    if (r < inner) return data + r * inner_stride;  // also spares most 2-d problems a 64-bit division
+    return data + r / inner * outer_stride + r % inner * inner_stride;
+  }
+};
+
+template <class C>
+struct Problem {
+  int64_t rows, ignore_index;
+  const int64_t* labels;  // null for probabilities
+  const C* weight;        // may be null
+  C* stats;               // [3, rows]
+  IndexError* index_error;
+  C keep, spread;  // 1 - ε and ε / C
+  C z_loss, softcap, inverse_softcap;
+  int classes, reduction;
+  int lanes;   // threads that share a row whose classes are adjacent
+  int slices;  // warps that share 32 rows whose classes are not
+
+  // The row's label, kIgnored or kBadLabel; kIgnored for probabilities and past the last row.
+  __device__ __forceinline__ int label(int64_t r) const {
+    if (!labels || r >= rows) return kIgnored;
+    const int64_t t = labels[r];
+    if (t == ignore_index) return kIgnored;
+    return static_cast<uint64_t>(t) < static_cast<uint64_t>(classes) ? static_cast<int>(t) : kBadLabel;
+  }
+  // What the row counts: its label's weight, 1 for probabilities, 0 for an ignored row or a bad label.
+  __device__ __forceinline__ C row_weight(int label) const {
+    if (!labels) return C(1);
+    return label < 0 ? C(0) : weight ? weight[label] : C(1);
+  }
+  template <int N>
+  __device__ __forceinline__ void cap(C (&x)[N]) const {
+    if (softcap > 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = softcap * tanh(x[i] * inverse_softcap);
+    }
+  }
+  // u: what of the target falls on each of N classes, besides the label: w_c ((1-ε) y_c + ε/C) for probabilities, w_c
+  // (times ε/C) for labels. The classes are c, c + step, ...; y_stride is the distance of adjacent ones' probabilities.
+  template <bool SOFT, int N, class U>
+  __device__ __forceinline__ void spread_target(C (&u)[N], const U* y, int64_t y_stride, int c, int step) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = C(1);
+    if (weight) {
+      if (step == 1)
+        load(u, weight + c, is_aligned(weight + c));
+      else
+#pragma unroll
+        for (int i = 0; i < N; ++i) u[i] = weight[c + i * step];
+    }
+    if constexpr (SOFT) {
+      C given[N];
+      if (step * y_stride == 1)
+        load(given, y + c, is_aligned(y + c));
+      else
+#pragma unroll
+        for (int i = 0; i < N; ++i) given[i] = to_compute(y[(c + i * step) * y_stride]);
+#pragma unroll
+      for (int i = 0; i < N; ++i) u[i] *= given[i] * keep + spread;
+    }
+  }
+};
+
+template <class T, class C = compute_t<T>>
+Problem<C> problem_of(const View& input, const View& target, const View& weight, const View& stats, int reduction,
+                      int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+  Problem<C> p;
+  p.rows = stats.shape[1];
+  p.classes = static_cast<int>(input.shape[1]);
+  p.ignore_index = ignore_index;
+  p.labels = target.dtype == DType::i64 ? target.as<int64_t>() : nullptr;
+  p.weight = weight ? weight.as<C>() : nullptr;
+  p.stats = stats.as<C>();
+  p.index_error = index_error();
+  p.keep = static_cast<C>(1 - label_smoothing);
+  p.spread = static_cast<C>(label_smoothing / input.shape[1]);
+  p.z_loss = static_cast<C>(z_loss);
+  p.softcap = static_cast<C>(softcap);
+  p.inverse_softcap = static_cast<C>(softcap > 0 ? 1 / softcap : 0);
+  p.reduction = reduction;
+  // About four 16-byte loads a thread; beyond 4096 classes a block of 256 or 512 threads for every row.
+  const int64_t loads = ceil_div(p.classes, 4 * kWidth<T>);
+  p.lanes = 4;
+  while (p.lanes < 32 && p.lanes < loads) p.lanes *= 2;
+  if (p.classes > 4096) p.lanes = loads > 512 ? 512 : 256;
+  p.slices = p.classes >= 64 ? kBlock / 32 : 1;
+  return p;
+}
+
+struct Grid {
+  int blocks, threads;
+};
+// For rows whose classes are adjacent (one or several rows to a block), or not (32 / 256 rows to a block).
+template <class C>
+Grid grid_of(const Problem<C>& p, bool adjacent) {
+  const int threads = adjacent && p.lanes > 32 ? p.lanes : kBlock;
+  const int rows = adjacent ? threads / p.lanes : kBlock / p.slices;
+  const int64_t blocks = ceil_div(p.rows, rows);
+  return {static_cast<int>(blocks < 1 ? 1 : blocks < kMaxBlocks ? blocks : kMaxBlocks), threads};
+}
+
+// Calls run(soft, T{}, U{}) for this problem's types: U holds probabilities, in the logits' type or in the type of the
+// arithmetic.
+template <class T, class Run>
+Status specialize(const View& target, const Run& run) {
+  using C = compute_t<T>;
+  if (target.dtype == DType::i64) return run(std::false_type(), T(), T());
+  if (target.dtype == DType::f32 && !std::is_same_v<T, C>) return run(std::true_type(), T(), C());
+  return run(std::true_type(), T(), T());
+}
+
+// The kernels' own check of what they are given. Losses, statistics and weights have the dtype of the arithmetic.
+inline Status check(const View& loss, const View& lse, const View& stats, const View& total, const View& input,
+                    const View& target, const View& weight, int reduction) {
+  PYFUSED_REQUIRE(input.ndim == 2 || input.ndim == 3, "input", "must be [R, C] or [N, C, P]");
+  PYFUSED_REQUIRE(input.shape[1] < INT32_MAX - 1024, "input", "must have fewer than 2^31 - 1025 classes");
+  const int64_t rows = input.shape[0] * (input.ndim == 3 ? input.shape[2] : 1);
+  const DType arithmetic = input.dtype == DType::f64 ? DType::f64 : DType::f32;
+  if (target.dtype == DType::i64) {
+    PYFUSED_REQUIRE(target.contiguous() && target.numel() == rows, "target", "must be one contiguous label per row");
+  } else {
+    PYFUSED_REQUIRE(target.dtype == input.dtype || target.dtype == arithmetic, "target", "must have the logits' dtype");
+    PYFUSED_REQUIRE(target.ndim == input.ndim, "target", "must have the logits' shape");
+    for (int i = 0; i < input.ndim; ++i)
+      PYFUSED_REQUIRE(target.shape[i] == input.shape[i], "target", "must have the logits' shape");
+  }
+  PYFUSED_REQUIRE(stats.ndim == 2 && stats.contiguous() && stats.shape[0] == 3 && stats.shape[1] == rows &&
+                      stats.dtype == arithmetic,
+                  "stats", "must be [3, rows]");
+  PYFUSED_REQUIRE(total.numel() == 1 && total.dtype == arithmetic, "total", "must be one number");
+  PYFUSED_REQUIRE(loss.contiguous() && loss.dtype == arithmetic && loss.numel() == (reduction == none ? rows : 1),
+                  "loss", "must be contiguous, one number or one per row");
+  PYFUSED_REQUIRE(!lse || (lse.contiguous() && lse.dtype == arithmetic && lse.numel() == rows), "lse",
+                  "must be contiguous, one per row");
+  PYFUSED_REQUIRE(!weight || (weight.contiguous() && weight.dtype == arithmetic && weight.numel() == input.shape[1]),
+                  "weight", "must be contiguous, one per class");
+  return {};
+}
+
+}  // namespace cuda
+}  // namespace pyfused

@@ -1,0 +1,32 @@
+// Every CUDA kernel, named once: K(name, arguments). The list declares the launchers, is what bindings.cpp exports as
+// cuda_<name>, and what tests/cuda_emulation runs on the CPU. Outputs first, then workspaces, inputs and options; the
+// stream of the call is appended. Contracts stand with the kernels, in <op>.cu. No CUDA header is needed here.
+//
+// A launcher runs on the tensors' device, which the caller has made current, checks what it is given, launches on
+// `stream` and returns; it never waits for the device, allocates nothing, and can be captured in a CUDA graph.
+#pragma once
+#include <cstdint>
+
+#include "tensor_view.h"
+
+struct CUstream_st;
+
+namespace pyfused {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+#define PYFUSED_CUDA_KERNELS(K)                                                                                        \
+  K(cross_entropy,                                                                                                     \
+    (View loss, View lse, View stats, View total, View workspace, View input, View target, View weight, int reduction, \
+     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Stream stream))                      \
+  K(cross_entropy_backward, (View grad_input, View grad_loss, View grad_lse, View input, View target, View weight,     \
+                             View weight_sum, View stats, View total, int reduction, int64_t ignore_index,             \
+                             double label_smoothing, double z_loss, double softcap, Stream stream))
+
+namespace cuda {
+#define PYFUSED_DECLARE(name, arguments) Status name arguments;
+PYFUSED_CUDA_KERNELS(PYFUSED_DECLARE)
+#undef PYFUSED_DECLARE
+}  // namespace cuda
+
+}  // namespace pyfused

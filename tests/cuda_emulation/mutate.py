@@ -1,0 +1,83 @@
+"""Would the tests notice? Seeds one bug at a time into csrc/cuda and runs the emulated tests against it.
+
+    python tests/cuda_emulation/mutate.py [part of a file or of a description]
+
+Every mutant must be caught, by wrong values or by the emulation's checks; one that survives shows what no test looks
+at. The bugs stand in mutations/<op>.txt, see `read`; a new op brings a file of its own. Some 15 s each, two at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import build
+
+TESTS = build.HERE.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    file: str  # in csrc/cuda
+    what: str
+    old: str
+    new: str
+    tests: str  # pytest's -k for the case table
+
+
+def read(path: Path) -> list[Mutation]:
+    """First "tests: KEYWORDS"; for each mutation "@ FILE: WHAT", "- " lines to replace and "+ " lines instead."""
+    head, *blocks = path.read_text().split("\n@ ")
+    mutations = []
+    for block in blocks:
+        (file, what), *lines = block.split("\n")[0].split(": ", 1), *block.split("\n")[1:]
+        old, new = ("\n".join(x[2:] for x in lines if x[:1] == sign) for sign in "-+")
+        mutations.append(Mutation(file, what, old, new, head.strip().removeprefix("tests: ")))
+    return mutations
+
+
+def run(mutation: Mutation) -> tuple[bool, str]:
+    """Whether the tests failed, and what they said first."""
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = Path(folder) / "csrc"
+        shutil.copytree(build.CSRC, csrc)
+        path = csrc / "cuda" / mutation.file
+        text = path.read_text()
+        assert mutation.old in text, f"{mutation.what}: {mutation.old!r} is no longer in {mutation.file}"
+        path.write_text(text.replace(mutation.old, mutation.new))
+        try:
+            library = build.build("check", csrc)
+        except subprocess.CalledProcessError:
+            return False, "does not compile"
+        which = f"((cuda-emulated and {mutation.tests}) or (test_cuda_emulation and not sanitizers and not planted))"
+        tests = [str(TESTS / name) for name in ("test_cuda_emulation.py", "test_forward.py", "test_backward.py")]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-k", f"{which} and not float64", *tests]
+        environment = {**os.environ, "PYFUSED_EMULATION": str(library)}
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        except subprocess.TimeoutExpired:
+            return True, "ran forever"
+        said = re.search(r"emulation of CUDA found\s+(.*)|^E\s+(.*)|(\S*Error: .*)", ran.stdout, re.M)
+        return ran.returncode != 0, next((x for x in said.groups() if x), "") if said else ran.stdout[-200:]
+
+
+def main() -> int:
+    known = [m for path in sorted((build.HERE / "mutations").glob("*.txt")) for m in read(path)]
+    wanted = [m for m in known if not sys.argv[1:] or sys.argv[1] in f"{m.file}: {m.what}"]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, wanted))
+    for m, (caught, said) in zip(wanted, results):
+        print(f"{'caught' if caught else 'SURVIVES':9} {m.file:28} {m.what:40} {said[:110]}")
+    print(sum(caught for caught, _ in results), "of", len(results), "caught")
+    return 0 if all(caught for caught, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""GPU backends on CPU tensors, so that the one case table tests them on machines without a GPU.
+
+The backend's adapters and the op pages run as they are; what differs is where the kernels come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cuda_emulation import build
+
+from pyfused import _binary, dispatch
+
+# Elements of the floating arguments that a case may have: an emulated thread takes about 1 us for each.
+BUDGET = 40_000
+
+
+@contextlib.contextmanager
+def serving_cpu(backend: str) -> Iterator[None]:
+    """Let `backend` run on CPU tensors within the block: its kernels are emulated."""
+    order, reason = dispatch.ORDER["cpu"], dispatch.UNAVAILABLE.pop(backend, None)
+    dispatch.ORDER["cpu"] = (backend, *order)
+    try:
+        yield
+    finally:
+        dispatch.ORDER["cpu"] = order
+        if reason is not None:
+            dispatch.UNAVAILABLE[backend] = reason
+
+
+@functools.cache
+def cuda_module():
+    """csrc/cuda compiled for the CPU; skips where that cannot be. PYFUSED_EMULATION: another library (mutate.py)."""
+    if reason := _binary.why_not or build.why_not():
+        pytest.skip(reason)
+    return build.load(os.environ.get("PYFUSED_EMULATION") or build.build())
+
+
+@contextlib.contextmanager
+def cuda_on_cpu(module=None) -> Iterator[None]:
+    """The "cuda" backend on CPU tensors, its kernels emulated."""
+    module = module or cuda_module()
+    names = [name for name in dir(module) if name.startswith("cuda_")]
+    before = {name: getattr(_binary._C, name) for name in names if hasattr(_binary._C, name)}
+    for name in names:
+        setattr(_binary._C, name, getattr(module, name))
+    module.set_seed(1)
+    try:
+        with serving_cpu("cuda"):
+            yield
+    finally:
+        for name in names:
+            setattr(_binary._C, name, before[name]) if name in before else delattr(_binary._C, name)
+
+
+def too_large(case) -> bool:
+    arguments = case.arguments(torch.float32).values()
+    return sum(x.numel() for x in arguments if isinstance(x, torch.Tensor)) > BUDGET

@@ -1,0 +1,170 @@
+"""The emulation of CUDA itself: each kind of bug is reported, a right kernel is not; and what needs the emulation."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+from cuda_emulation import build
+
+import pyfused
+import pyfused.functional as PF
+
+# In the order of the enum in cuda_emulation/planted.cu.
+PLANTED = {
+    "past_the_end": r"out of bounds: 4-byte read at planted\.cu:\d+ .* 4 bytes past the end of data",
+    "misaligned": r"misaligned 16-byte read at common\.cuh",
+    "unwritten_shared": r"uninitialised shared memory",
+    "missing_barrier": r"race on shared memory|uninitialised shared memory",
+    "divergent_barrier": r"barrier at planted\.cu:\d+ .*|divergent barrier",
+    "early_exit": r"barrier at planted\.cu:\d+ reached by 63 of 64 threads; .* thread \(40, 0, 0\) had exited",
+    "two_barriers": r"divergent barrier: threads of one block meet at planted\.cu:\d+ and at planted\.cu:\d+",
+    "race_between_blocks": r"race on data",
+    "lane_not_in_mask": r"lane \d+ is not in its own mask",
+    "shared_index": r"array index out of bounds at planted\.cu",
+    "missing_syncwarp": r"race on shared memory",
+    "copy_not_waited_for": r"uninitialised shared memory",
+    "unwritten_workspace": r"uninitialised workspace",
+    "missing_fence": r"race on workspace",
+    "overflow": r"signed overflow in \+ at planted\.cu",
+}
+
+
+def run_planted(bug: int, seed: int) -> None:
+    module = emulated.cuda_module()
+    module.set_seed(seed)
+    module.planted(torch.ones(64), torch.empty(128, dtype=torch.float64), bug)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_reported(bug, seed):
+    with pytest.raises(RuntimeError, match=PLANTED[bug]):
+        run_planted(1 + list(PLANTED).index(bug), seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_right_kernel_is_not_reported(seed):
+    run_planted(0, seed)
+
+
+# --- cross_entropy beyond the case table, on the emulation
+@pytest.fixture
+def cuda():
+    with emulated.cuda_on_cpu(), pyfused.use_backend("cuda"):
+        yield
+
+
+LAYOUTS = [(6, 5), (6, 50), (3, 5000), (2, 5, 4), (2, 70, 4)]
+
+
+def problem(shape, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g).to(dtype).requires_grad_()
+    return x, torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
+
+
+@pytest.mark.parametrize("bad", [-1, -101, 10**9, 2**40])
+@pytest.mark.parametrize("shape", LAYOUTS)
+def test_label_out_of_range(cuda, shape, bad):
+    """Its row's loss is NaN and its gradient 0, the other rows are right, and the next call raises."""
+    x, target = problem(shape)
+    row = target.numel() // 2
+    expected = PF.cross_entropy(x, target, reduction="none")
+    target.view(-1)[row] = bad
+    loss, lse = PF.cross_entropy(x, target, reduction="none", return_lse=True)
+    assert loss.view(-1)[row].isnan() and lse.isfinite().all()
+    others = torch.arange(target.numel()) != row
+    assert torch.equal(loss.view(-1)[others], expected.view(-1)[others])
+    with pytest.raises(
+        IndexError, match=rf"target {bad} is out of bounds: target\[{row}\] must lie in \[0, {shape[1]}\)"
+    ):
+        pyfused.check_errors()
+    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    by_row = grad.movedim(1, -1).reshape(-1, shape[1])
+    assert by_row.isfinite().all() and torch.equal(by_row.any(1), others)
+
+
+def test_the_next_call_raises_without_being_asked(cuda):
+    x, target = problem((6, 50))
+    target[2] = 50
+    PF.cross_entropy(x, target)
+    target[2] = 0
+    with pytest.raises(IndexError, match="target 50"):
+        PF.cross_entropy(x, target)
+    assert PF.cross_entropy(x, target).isfinite()
+
+
+@pytest.mark.parametrize("shape", [(3000, 10), (40, 1000), (3, 5000), (2, 21, 20, 20), (5000, 3)])
+def test_same_bits_in_any_order_of_threads(cuda, shape):
+    x, target = problem(shape)
+    seen = []
+    for seed in range(3):
+        emulated.cuda_module().set_seed(seed)
+        loss = PF.cross_entropy(x, target)
+        seen.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
+
+
+@pytest.mark.parametrize("shape", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place(cuda, shape, dtype):
+    x, target = problem(shape, dtype)
+    (expected,) = torch.autograd.grad(PF.cross_entropy(x, target), x)
+    logits = x * 1
+    PF.cross_entropy(logits, target, inplace=True).backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("offset", range(8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_at_any_distance_from_16_bytes(cuda, offset, dtype):
+    """Peeling: the same numbers wherever they lie."""
+    x, target = problem((5, 67), dtype)
+    memory = torch.zeros(5 * 75 + 8, dtype=dtype)
+    moved = memory.as_strided((5, 67), (75, 1), offset).copy_(x.detach()).requires_grad_()
+    loss, expected = PF.cross_entropy(moved, target), PF.cross_entropy(x, target)
+    torch.testing.assert_close(loss, expected)
+    (got,) = torch.autograd.grad(loss, moved)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, x)[0])
+
+
+def test_offsets_beyond_32_bits(cuda):
+    """Two rows 2^31 elements apart; the 4 GiB in between are never touched and so take no memory."""
+    x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 50), (2**31, 1))
+    x.copy_(torch.randn(2, 50))
+    target = torch.tensor([3, 7])
+    torch.testing.assert_close(PF.cross_entropy(x, target), PF.cross_entropy(x.contiguous(), target))
+
+
+def test_more_rows_than_blocks(cuda):
+    """Blocks that take several groups of rows each."""
+    x, target = problem((4097, 4100))
+    with torch.no_grad():
+        got = PF.cross_entropy(x[:, :3], target % 3)
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(x[:, :3], target % 3))
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+def test_under_address_and_undefined_behaviour_sanitizers():
+    """The same kernels once more, with the compilers' own checks instead of the emulation's."""
+    library = build.build("asan")
+    script = """
+import sys, torch, emulated, pyfused, cases, accuracy
+from cuda_emulation import build
+module = build.load(sys.argv[1])
+with emulated.cuda_on_cpu(module), pyfused.use_backend("cuda"):
+    table = pyfused.dispatch.TABLE
+    for case in cases.CASES:
+        if "cuda" in table[case.op] and not emulated.too_large(case):
+            for dtype in case.dtypes[::2]:
+                accuracy.gradients_of(accuracy.public(case.op), case.arguments(dtype), case.grad)
+print("all cases ran")
+"""
+    environment = {**os.environ, **build.sanitizer_environment(), "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", script, str(library)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "all cases ran" in run.stdout and "runtime error" not in run.stderr, run.stderr[-3000:]

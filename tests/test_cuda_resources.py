@@ -1,0 +1,120 @@
+"""What nvcc makes of csrc/cuda: registers, no spills, no local memory, 16-byte accesses. Needs nvcc, no GPU."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the path")
+
+
+@dataclass
+class Kernel:
+    name: str  # demangled, without namespaces and parameters: "forward_rows<false, float, float, float>"
+    architecture: str
+    registers: int
+    stack: int
+    spilled: int
+    ptx: str = ""  # for the first architecture
+
+
+def architectures() -> list[str]:
+    """sm_80 (A100), sm_90 (H100) and the newest that this nvcc knows."""
+    known = subprocess.run([NVCC, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    return list(dict.fromkeys(["80", "90", max((k.removeprefix("compute_") for k in known), key=int)]))
+
+
+def plain(mangled: list[str]) -> list[str]:
+    text = subprocess.run(["c++filt"], input="\n".join(mangled), check=True, capture_output=True, text=True).stdout
+    names = re.sub(r"(\w+|\(anonymous namespace\))::", "", text).splitlines()
+    return [re.sub(r"\(.*", "", name.removeprefix("void ")) for name in names]
+
+
+REPORT = re.compile(
+    r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
+    r" (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.S,
+)
+
+
+def compile_source(source: Path, folder: Path) -> list[Kernel]:
+    archs = architectures()
+    folder.mkdir()
+    gencode = [x for a in archs for x in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+    options = [
+        "-std=c++17",
+        "-O3",
+        f"-I{CSRC}",
+        "-Xptxas",
+        "-v",
+        "-Werror",
+        "all-warnings",
+        "--keep",
+        "--keep-dir",
+        ".",
+    ]
+    command = [NVCC, *options, *gencode, "-fatbin", "-o", "out.fatbin", str(source)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = REPORT.findall(run.stderr)
+    ptx = next(folder.glob(f"*compute_{archs[0]}*.ptx"), folder / f"{source.stem}.ptx").read_text()
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.S))
+    kernels = []
+    for (mangled, arch, stack, stores, loads, registers), name in zip(found, plain([f[0] for f in found])):
+        numbers = int(registers), int(stack), int(stores) + int(loads)
+        kernels.append(Kernel(name, arch, *numbers, bodies[mangled] if arch == archs[0] else ""))
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict[str, list[Kernel]]:
+    """By source: every kernel on every architecture."""
+    folder = tmp_path_factory.mktemp("nvcc")
+    with ThreadPoolExecutor(2) as pool:
+        compiled = pool.map(lambda s: compile_source(s, folder / s.stem), SOURCES)
+        return dict(zip((s.stem for s in SOURCES), compiled))
+
+
+@pytest.mark.parametrize("source", [s.stem for s in SOURCES])
+def test_no_spills_and_no_local_memory(kernels, source):
+    bad = [k for k in kernels[source] if k.spilled or k.stack]
+    assert not bad, [f"{k.name} on sm_{k.architecture}: {k.spilled} spilled, {k.stack} stack" for k in bad]
+
+
+def of(kernels, source: str, name: str) -> list[Kernel]:
+    """The kernels of this name, at the first architecture."""
+    found = [k for k in kernels[source] if k.name.startswith(name) and k.ptx]
+    assert found, f"no kernel {name} in {source}"
+    return found
+
+
+def accesses(kernel: Kernel, kind: str) -> int:
+    """16-byte loads ("ld") or stores ("st") of global memory."""
+    return len(re.findall(rf"{kind}\.global(?:\.\w+)*\.v(?:4\.[bfu]32|2\.[bfu]64)", kernel.ptx))
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "stores"),
+    [("cross_entropy", "forward_rows", False), ("cross_entropy_backward", "backward_rows", True)],
+)
+def test_cross_entropy_moves_16_bytes_at_a_time(kernels, source, name, stores):
+    for kernel in of(kernels, source, name):
+        assert accesses(kernel, "ld"), kernel.name
+        assert accesses(kernel, "st") or not stores, kernel.name
+
+
+@pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
+def test_cross_entropy_leaves_room_for_enough_threads(kernels, name):
+    """To hide the memory's latency: half of the threads that a multiprocessor can hold, for labels."""
+    for source in ("cross_entropy", "cross_entropy_backward"):
+        for k in kernels[source]:
+            if k.name.startswith(f"{name}<false") and "double" not in k.name:
+                assert k.registers <= 64, f"{k.name} on sm_{k.architecture}: {k.registers} registers"
