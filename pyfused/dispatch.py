@@ -87,7 +87,10 @@ def why_not(op: str, backend: str, args: tuple) -> str | None:
 
 
 def _device_type(args: tuple) -> str:
-    return next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            return "cpu" if a.is_cpu else a.device.type
+    return "cpu"
 
 
 def pick(op: str, args: tuple) -> Callable:
@@ -97,9 +100,10 @@ def pick(op: str, args: tuple) -> Callable:
         if reason is not None:
             raise RuntimeError(f"pyfused.{op}: backend {_forced!r} was asked for but cannot run this: {reason}")
         return TABLE[op][_forced].run
+    kernels = TABLE[op]
     for backend in ORDER.get(_device_type(args), ("reference",)):
-        if why_not(op, backend, args) is None:
-            return TABLE[op][backend].run
+        if backend in kernels and backend not in UNAVAILABLE and kernels[backend].cannot(*args) is None:
+            return kernels[backend].run
     raise RuntimeError(f"pyfused.{op}: no backend can run this: {explain(op, *args)}")
 
 

@@ -15,6 +15,8 @@ x is computed without the cancellation of p_t - 1, so that rows already classifi
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -62,13 +64,11 @@ _OPTIONS = "int reduction, SymInt ignore_index, float label_smoothing, float z_l
 
 def alloc(input, target, weight, return_lse, reduction, ignore_index, label_smoothing, z_loss, softcap):
     """(loss, lse, stats, total) in the dtype of the arithmetic; lse has no elements unless asked for."""
-    rows = (*input.shape[:1], *input.shape[2:])
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=arithmetic_dtype(input), device=input.device)
-
-    loss = empty(*(rows if REDUCTIONS[reduction] == "none" else ()))
-    return loss, empty(*(rows if return_lse else (0,))), empty(3, input.shape[0] * input.shape[2:].numel()), empty()
+    shape, dtype = input.shape, arithmetic_dtype(input)
+    rows = (shape[0], *shape[2:])
+    total = input.new_empty((), dtype=dtype)
+    loss = total.new_empty(rows) if REDUCTIONS[reduction] == "none" else torch.empty_like(total)
+    return loss, total.new_empty(rows if return_lse else 0), total.new_empty((3, math.prod(rows))), total
 
 
 def _target_matrix(z, target, weight, label_smoothing, ignore_index):
@@ -153,24 +153,25 @@ _backward_ = define(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Returns the loss, or with return_lse (loss, lse)."""
+
     @staticmethod
     def forward(ctx, input, target, weight, return_lse, inplace, *options):
         loss, lse, stats, total = _forward(input, target, weight, return_lse, *options)
         ctx.save_for_backward(input, target, weight, stats, total)
-        ctx.options, ctx.return_lse, ctx.inplace = options, return_lse, inplace
-        return loss, lse
+        ctx.options, ctx.inplace = options, inplace
+        return (loss, lse) if return_lse else loss
 
     @staticmethod
-    def backward(ctx, grad_loss, grad_lse):
+    def backward(ctx, grad_loss, grad_lse=None):
         input, target, weight, stats, total = ctx.saved_tensors
-        grad_lse = grad_lse if ctx.return_lse else None
         none = (None,) * 9
         if torch.is_grad_enabled():
             return _differentiable(ctx, input, target, weight, grad_loss, grad_lse), *none
-        args = (grad_loss, grad_lse, input, target, weight)
+        args = (grad_loss, grad_lse, input, target, weight, stats, total, *ctx.options)
         if not ctx.inplace:
-            return _backward(*args, stats, total, *ctx.options), *none
-        _backward_(*args, stats, total, *ctx.options)
+            return _backward(*args), *none
+        _backward_(*args)
         # Whatever else saved these logits for its backward, this function's second backward included, must now raise.
         torch.autograd.graph.increment_version(input)
         return input.detach(), *none
@@ -194,22 +195,26 @@ def _differentiable(ctx, input, target, weight, grad_loss, grad_lse):
 # --- Arguments
 def is_native(input, target, weight) -> bool:
     """Whether the registered op takes these; eager PyTorch judges and runs everything else."""
-    if not all(isinstance(x, torch.Tensor) for x in (input, target)) or input.dtype not in DTYPES or input.dim() == 0:
+    if not (isinstance(input, torch.Tensor) and isinstance(target, torch.Tensor)):
         return False
-    if input.device.type not in ("cpu", "cuda") or input.layout != torch.strided or target.layout != torch.strided:
+    if input.dtype not in DTYPES or input.dim() == 0 or not (input.is_cpu or input.is_cuda):
         return False
-    if target.device != input.device or (weight is not None and weight.device != input.device):
+    if input.layout != torch.strided or target.layout != torch.strided or target.device != input.device:
         return False
+    if weight is None and target.dim() != input.dim():  # labels
+        return True
     # Gradients for probabilities or for class weights, and probabilities of more precision than the arithmetic: eager.
     exact = (input.dtype, arithmetic_dtype(input))
-    return not needs_grad(target, weight) and (
-        target.shape != input.shape or all(x is None or x.dtype in exact for x in (target, weight))
+    return (
+        (weight is None or weight.device == input.device)
+        and not needs_grad(target, weight)
+        and (target.shape != input.shape or all(x is None or x.dtype in exact for x in (target, weight)))
     )
 
 
 def problem(input, target, weight, ignore_index, reduction, label_smoothing, softcap) -> str | None:
-    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
-    rows = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
+    shape = input.shape
+    classes, rows = (shape[0], ()) if len(shape) == 1 else (shape[1], (shape[0], *shape[2:]))
     if reduction not in REDUCTIONS:
         return f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
     if label_smoothing > 1:
@@ -218,12 +223,12 @@ def problem(input, target, weight, ignore_index, reduction, label_smoothing, sof
         return f"softcap must be positive or None, got {softcap}"
     if weight is not None and weight.shape != (classes,):
         return f"weight must have one element per class, ({classes},), got {tuple(weight.shape)}"
-    if target.shape == input.shape:
+    if target.shape == shape:
         return f"ignore_index must be negative with probabilities, got {ignore_index}" if ignore_index >= 0 else None
-    if target.dtype != torch.int64 and not (target.dtype == torch.uint8 and input.dim() <= 2):
+    if target.dtype != torch.int64 and not (target.dtype == torch.uint8 and len(shape) <= 2):
         return f"target must be int64 class indices of shape {rows}, got {target.dtype} {tuple(target.shape)}"
     if target.shape != rows:
-        return f"target must have the shape {rows} (class indices) or {tuple(input.shape)}, got {tuple(target.shape)}"
+        return f"target must have the shape {rows} (class indices) or {tuple(shape)}, got {tuple(target.shape)}"
     if weight is not None and weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
         return f"weight must have the dtype of input, {input.dtype}, got {weight.dtype}"
     return None
@@ -274,23 +279,26 @@ def cross_entropy(
         RuntimeError: inplace=True on a leaf that requires grad, or on an expanded tensor.
     """
     given = (input, target, weight, ignore_index, reduction, label_smoothing)
-    extra = {"z_loss": z_loss, "softcap": softcap, "return_lse": return_lse}
     if not is_native(input, target, weight) or (input.dim() == 1 and target.shape == (1,)):
-        return reference(*given, **extra)
-    wrong = problem(*given, softcap)
-    if wrong:
-        reject("cross_entropy", wrong, reference, *given, **extra)
-    if inplace and needs_grad(input):
-        _check_inplace(input)
+        return reference(*given, z_loss=z_loss, softcap=softcap, return_lse=return_lse)
+    if wrong := problem(*given, softcap):
+        reject("cross_entropy", wrong, reference, *given, z_loss=z_loss, softcap=softcap, return_lse=return_lse)
     flat, flat_target = as_rows(input, target)
     options = packed_options(reduction, ignore_index, label_smoothing, z_loss, softcap)
     if needs_grad(input):
-        inplace = inplace and not torch.compiler.is_compiling()
-        loss, lse = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, *options)
+        if inplace:
+            _check_inplace(input)
+            inplace = not torch.compiler.is_compiling()
+        out = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, *options)
+        loss, lse = out if return_lse else (out, None)
     else:
         loss, lse, _, _ = _forward(flat, flat_target, weight, return_lse, *options)
+    dtype = loss_dtype(input, target, weight)
+    loss = loss if loss.dtype == dtype else loss.to(dtype)
+    if reduction != "none" and not return_lse:
+        return loss
     shape = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
-    loss = (loss.view(shape) if reduction == "none" else loss).to(loss_dtype(input, target, weight))
+    loss = loss.view(shape) if reduction == "none" else loss
     return (loss, lse.view(shape)) if return_lse else loss
 
 
@@ -307,16 +315,17 @@ def packed_options(reduction, ignore_index, label_smoothing, z_loss, softcap) ->
 
 def as_rows(input, target):
     """Logits as [R, C] or [N, C, P], views where the strides allow it; labels int64; probabilities like the logits."""
-    probabilities = target.shape == input.shape
+    if target.dtype == torch.uint8:
+        target = target.to(torch.int64)
     if input.dim() == 1:
-        input, target = input.unsqueeze(0), target.unsqueeze(0)
-    elif input.dim() > 3:
-        input, target = input.flatten(2), target.flatten(2 if probabilities else 1)
-    return input, target if probabilities else target.to(torch.int64)
+        return input.unsqueeze(0), target.unsqueeze(0)
+    if input.dim() > 3:
+        return input.flatten(2), target.flatten(2 if target.shape == input.shape else 1)
+    return input, target
 
 
 def loss_dtype(input, target, weight) -> torch.dtype:
-    if torch.is_autocast_enabled(input.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         return arithmetic_dtype(input)
     dtype = input.dtype
     for x in (target, weight):
