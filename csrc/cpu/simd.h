@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -172,6 +173,7 @@ PYFUSED_INLINE void store(f16* p, Vec<float> v) {
 template <class T>
 PYFUSED_INLINE Vec<compute_t<T>> load_first(const T* p, int64_t n, compute_t<T> fill = 0) {
   constexpr int width = lanes<compute_t<T>>;
+  if (n == width) return load(p);
   T buffer[width];
   for (int i = 0; i < width; ++i) buffer[i] = from_compute<T>(fill);
   std::memcpy(buffer, p, n * sizeof(T));
@@ -179,6 +181,7 @@ PYFUSED_INLINE Vec<compute_t<T>> load_first(const T* p, int64_t n, compute_t<T> 
 }
 template <class T>
 PYFUSED_INLINE void store_first(T* p, Vec<compute_t<T>> v, int64_t n) {
+  if (n == lanes<compute_t<T>>) return store(p, v);
   T buffer[lanes<compute_t<T>>];
   store(buffer, v);
   std::memcpy(p, buffer, n * sizeof(T));
@@ -196,17 +199,39 @@ PYFUSED_INLINE f16 from_compute<f16>(float x) {
   return buffer[0];
 }
 
-// --- Horizontal, in a fixed order
-template <class C, class V>
-PYFUSED_INLINE C reduce_add_of(V v) {
-  C parts[lanes<C>];
-  store(parts, v);
-  for (int width = lanes<C> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-  return parts[0];
+// --- Lane numbers, and sums over lanes in a fixed order: lane i with lane i + width, width halved until one is left
+template <class C>
+using Mask = decltype(Vec<C>{} < Vec<C>{});  // also the vector of integers as wide as C
+
+// (first + 0, first + 1, ...) modulo the number of lanes. An initialiser, because GCC makes no constant of a loop.
+template <class C, int first, int... lane>
+PYFUSED_INLINE Mask<C> lanes_from(std::integer_sequence<int, lane...>) {
+  return Mask<C>{(first + lane) % static_cast<int>(sizeof...(lane))...};
 }
-PYFUSED_INLINE float reduce_add(Vec<float> v) { return reduce_add_of<float>(v); }
-PYFUSED_INLINE double reduce_add(Vec<double> v) { return reduce_add_of<double>(v); }
+template <class C, int first = 0>
+PYFUSED_INLINE Mask<C> lane_numbers() {
+  return lanes_from<C, first>(std::make_integer_sequence<int, lanes<C>>());
+}
+template <class C, int width = lanes<C> / 2, class Combine>
+PYFUSED_INLINE C fold(Vec<C> v, const Combine& combine) {
+  if constexpr (width == 0) {
+    return v[0];
+  } else {
+#if defined(__clang__)
+    Vec<C> shifted;
+    for (int i = 0; i < lanes<C>; ++i) shifted[i] = v[(i + width) % lanes<C>];
+#else
+    Vec<C> shifted = __builtin_shuffle(v, lane_numbers<C, width>());
+#endif
+    return fold<C, width / 2>(combine(v, shifted), combine);
+  }
+}
+PYFUSED_INLINE float reduce_add(Vec<float> v) {
+  return fold<float>(v, [](auto a, auto b) { return a + b; });
+}
+PYFUSED_INLINE double reduce_add(Vec<double> v) {
+  return fold<double>(v, [](auto a, auto b) { return a + b; });
+}
 
 // Calls body(T{}) with T the storage type of `dtype`; for a dtype that is none of the four, returns an invalid Status.
 template <class Body>

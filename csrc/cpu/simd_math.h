@@ -9,21 +9,8 @@ namespace pyfused {
 namespace PYFUSED_ISA {
 
 template <class C>
-using Mask = decltype(Vec<C>{} < Vec<C>{});  // also the vector of integers as wide as C
-
-// 0, 1, 2, ... : the lane numbers
-template <class C>
-PYFUSED_INLINE Mask<C> lane_numbers() {
-  Mask<C> v{};
-  for (int i = 0; i < lanes<C>; ++i) v[i] = i;
-  return v;
-}
-
-template <class C>
 PYFUSED_INLINE C reduce_max(Vec<C> v) {
-  C top = v[0];
-  for (int i = 1; i < lanes<C>; ++i) top = max<C>(top, v[i]);
-  return top;
+  return fold<C>(v, [](auto a, auto b) { return a < b ? b : a; });
 }
 
 // e^x for x <= 88 (float) or 709 (double); results below the smallest normal number are 0. x = n ln 2 + r: the sum with

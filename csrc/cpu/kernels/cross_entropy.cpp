@@ -16,7 +16,7 @@
 // Saves   per row [maximum m, S = ∑ exp(z - m), x], x = p_t - 1 = -∑_{c≠t} exp(z_c - m) / S (soft: ∑ of the target). The
 //         sums leave the label out: the loss log1p(∑_{c≠t} exp(z_c - z_t)) and the gradient x keep every digit of a
 //         confident row, where 1 - p_t rounds to 0. m and S instead of lse: so does a row with a large common offset.
-// Sums    rows to groups, groups to chunks in double, in an order that depends on the shape only, not on the threads.
+// Sums    rows to lanes, lanes to chunks in double, in an order that depends on the shape only, not on the threads.
 // Edges   Ignored rows: loss 0, gradient 0 even where the logits are NaN. A row with +inf, NaN or nothing but -inf: NaN.
 //         -inf next to finite logits: probability 0. R = 0 or all ignored: mean NaN, sum 0. A label outside [0, C) that
 //         is not ignore_index stops the kernel before anything is written. grad_input may be the input itself.
@@ -63,11 +63,8 @@ PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int6
   Vec<C> others{}, spread{}, mass{};
   auto add = [&](int64_t c, Mask<C> counted) {
     Vec<C> x = logits<Capped>(z + c, o.softcap), e = exp(x - top);
-    if (__builtin_expect(label >= c && label < c + width, false)) {
-      e = lane_numbers<C>() == static_cast<int>(label - c) ? Vec<C>{} : e;
-      out.at_label[lane] = x[label - c];
-    }
-    others += counted ? e : Vec<C>{};
+    // Compared, not branched on: a branch on where the label lies is mispredicted once per row.
+    others += counted & (lane_numbers<C>() != static_cast<int>(label - c)) ? e : Vec<C>{};
     if constexpr (K != hard) {
       Vec<C> u = spread_target<K>(o, y + c, o.weight ? load(o.weight + c) : splat(C(1)));
       spread += counted ? u * (top - x) : Vec<C>{};
@@ -76,6 +73,10 @@ PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int6
   };
   for (c = 0; c + width <= o.classes; c += width) add(c, ~Mask<C>{});
   if (c < o.classes) add(last, lane_numbers<C>() >= static_cast<int>(c - last));
+  if (label >= 0) {
+    const int64_t at = min(label, last);
+    out.at_label[lane] = logits<Capped>(z + at, o.softcap)[label - at];
+  }
   out.top[lane] = top;
   out.others[lane] = reduce_add(others);
   out.spread[lane] = reduce_add(spread);
@@ -102,10 +103,20 @@ PYFUSED_INLINE void reduce_tile(const Options<C>& o, const T* z, const U* y, Mas
   }
 }
 
-// Losses, statistics and log-sum-exps of one group from its sums; adds its loss and weight in the order of the rows.
+// One double per lane.
+template <class C>
+struct WideOf {
+  typedef double type __attribute__((vector_size(sizeof(double) * lanes<C>)));
+};
+template <class C>
+struct Totals {
+  typename WideOf<C>::type loss{}, weight{};
+};
+
+// Losses, statistics and log-sum-exps of one group from its sums; adds its losses and weights to each lane's total.
 template <Target K, class C>
 PYFUSED_INLINE void finish_group(const Options<C>& o, const Sums<C>& s, int64_t r, int64_t n, C* losses, C* lses,
-                                 double (&total)[2]) {
+                                 Totals<C>& total) {
   Mask<C> label = o.labels_of(r, n);
   Vec<C> w = o.weights_of(label, n), at_label = label >= 0 ? exp(s.at_label - s.top) : Vec<C>{};
   // S - 1, which is exactly the sum of the others where the label has the maximum (at_label = 1)
@@ -116,16 +127,17 @@ PYFUSED_INLINE void finish_group(const Options<C>& o, const Sums<C>& s, int64_t 
     loss = w * o.keep * ((s.top - s.at_label) + log_sum);
   if constexpr (K == smooth) loss += o.spread * (s.mass * log_sum + s.spread);
   if (o.z_loss != 0) loss += o.z_loss * w * lse * lse;
-  if constexpr (K != soft) loss = label >= 0 ? loss : Vec<C>{};
+  if constexpr (K != soft)
+    loss = label >= 0 ? loss : Vec<C>{};
+  else
+    loss = lane_numbers<C>() < static_cast<int>(n) ? loss : Vec<C>{};
   store_first(o.stats + r, s.top, n);
   store_first(o.stats + o.rows + r, all, n);
   store_first(o.stats + 2 * o.rows + r, K == soft ? s.mass : -s.others / all, n);
   if (lses) store_first(lses + r, lse, n);
   if (o.reduction == none) store_first(losses + r, loss, n);
-  for (int64_t l = 0; l < n; ++l) {
-    total[0] += loss[l];
-    total[1] += w[l];
-  }
+  total.loss += __builtin_convertvector(loss, typename WideOf<C>::type);
+  total.weight += __builtin_convertvector(w, typename WideOf<C>::type);
 }
 
 template <Target K, bool Capped, class T, class U>
@@ -141,7 +153,7 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
     T* z_tile = reinterpret_cast<T*>(tiles + thread * tile * (sizeof(T) + sizeof(U)));
     U* y_tile = reinterpret_cast<U*>(z_tile + tile);
     for (int64_t k = begin; k < end; ++k) {
-      partial[k][0] = partial[k][1] = 0;
+      Totals<C> total;
       const int64_t stop = min((k + 1) * chunk, o.rows);
       for (int64_t r = k * chunk, n; r < stop; r += n) {
         n = min(o.group(), stop - r);
@@ -158,7 +170,12 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
           if constexpr (K == soft) y.gather(r, n, y_tile);
           reduce_tile<K, Capped>(o, z_tile, y_tile, o.labels_of(r, n), sums);
         }
-        finish_group<K>(o, sums, r, n, loss.as<C>(), lse.as<C>(), partial[k]);
+        finish_group<K>(o, sums, r, n, loss.as<C>(), lse.as<C>(), total);
+      }
+      partial[k][0] = partial[k][1] = 0;
+      for (int l = 0; l < lanes<C>; ++l) {
+        partial[k][0] += total.loss[l];
+        partial[k][1] += total.weight[l];
       }
     }
   });
@@ -238,13 +255,14 @@ PYFUSED_INLINE void grad_row(const Options<C>& o, T* out, const T* z, const U* y
 }
 
 template <Target K, bool Capped, class T, class U, class C = compute_t<T>>
-PYFUSED_INLINE void grad_tile(const Options<C>& o, T* z, const U* y, Mask<C> label, const Slopes<C>& s) {
+PYFUSED_INLINE void grad_tile(const Options<C>& o, T* out, int64_t stride, const T* z, const U* y, Mask<C> label,
+                              const Slopes<C>& s) {
   constexpr int64_t width = lanes<C>;
   for (int64_t c = 0; c < o.classes; ++c) {
     Vec<C> x = logits<Capped>(z + c * width, o.softcap);
     Vec<C> d = slope<K, Capped>(o, x, s.top, s.factor, s.scale, y + c * width, splat(o.weight_of(c)));
     d = label == static_cast<int>(c) ? s.at_label : d;
-    store(z + c * width, s.live ? uncap<Capped>(d, x, o.softcap) : Vec<C>{});
+    store(out + c * stride, s.live ? uncap<Capped>(d, x, o.softcap) : Vec<C>{});
   }
 }
 
@@ -269,8 +287,12 @@ Status backward(const View& grad_input, const View& grad_loss, const View& grad_
       if (!o.by_row) {
         z.gather(r, n, z_tile);
         if constexpr (K == soft) y.gather(r, n, y_tile);
-        grad_tile<K, Capped>(o, z_tile, y_tile, label, slopes);
-        out.scatter(r, n, z_tile);
+        if (out.lanes_adjacent(r, n)) {
+          grad_tile<K, Capped>(o, out.row(r), out.class_stride, z_tile, y_tile, label, slopes);
+        } else {
+          grad_tile<K, Capped>(o, z_tile, lanes<C>, z_tile, y_tile, label, slopes);
+          out.scatter(r, n, z_tile);
+        }
         continue;
       }
       for (int64_t i = 0; i < n; ++i) {
