@@ -19,9 +19,9 @@ def _chunk(input, linear_weight):
 
 @kernel("linear_cross_entropy", "cpu")
 def forward(input, linear_weight, *rest):
-    return op.run_forward(_chunk(input, linear_weight), input, linear_weight, *rest)
+    return op.run_forward(_chunk(input, linear_weight), input, linear_weight, *rest, recycle=cached)
 
 
 @kernel("linear_cross_entropy_backward", "cpu")
 def backward(grad_loss, input, linear_weight, *rest):
-    return op.run_backward(_chunk(input, linear_weight), grad_loss, input, linear_weight, *rest)
+    return op.run_backward(_chunk(input, linear_weight), grad_loss, input, linear_weight, *rest, recycle=cached)
