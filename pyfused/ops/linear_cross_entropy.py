@@ -38,7 +38,11 @@ _GIVEN = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target
 
 
 def alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
-    """(loss, total, stats, d_input, d_weight, d_bias) in the dtype of the arithmetic; empty where not needed."""
+    """(loss, total, stats, d_input, d_weight, d_bias), the last three empty where not needed.
+
+    Losses and statistics have the dtype of the arithmetic. So have float16's gradients, which are still to be
+    multiplied by an upstream gradient that exists because float16 would underflow; others have the input's dtype.
+    """
     wanted = [need and reduction != _NONE for need in needed]
 
     def empty(*shape):
@@ -50,7 +54,7 @@ def alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, 
 
 def _alloc_grads(input, linear_weight, wanted):
     shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
-    dtype = ce.arithmetic_dtype(input)
+    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
     return tuple(input.new_empty(shape if want else (0,), dtype=dtype) for shape, want in zip(shapes, wanted))
 
 
@@ -110,7 +114,8 @@ def run_forward(
     recycle: gives a tensor like its argument, in memory that was in use before.
     """
     loss, total, stats, *grads = alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
-    needed, grads = [bool(g.numel()) for g in grads], _ready(grads, input, recycle)
+    needed = [bool(g.numel()) for g in grads]
+    grads, partial = _ready(grads, input, chunk, recycle)
     mode = _NONE if reduction == _NONE else _SUM
     total.copy_(_denominator(target, weight, options[0], total.dtype))
     mean = reduction not in (_NONE, _SUM)
@@ -132,20 +137,30 @@ def run_forward(
         if any(needed):
             upstream = torch.ones_like(factor) if late else factor
             ce._backward_(upstream, None, logits, *given, part_stats, part_total, mode, *options)
-            _add_grads(logits, rows, input, linear_weight, grads, needed)
+            _add_grads(logits, rows, input, linear_weight, partial, needed)
     if mode == _SUM:
         loss.copy_(torch.stack(sums).sum(dtype=torch.float64) if sums else 0)
         if mean:
             loss.div_(total)
     if late:
-        for g in grads:
+        for g in partial:
             g.mul_(factor)
-    return loss, total, stats, *grads
+    return loss, total, stats, *_finished(grads, partial)
 
 
-def _ready(grads, input, recycle):
-    grads = [recycle(g) for g in grads] if recycle else grads
-    return grads if len(input) else [g.zero_() for g in grads]
+def _ready(grads, input, chunk, recycle):
+    """The gradients to return and those to add the chunks to, which are the same, or float32."""
+    recycle = recycle or (lambda fresh: fresh)
+    grads = [recycle(g) for g in grads]
+    if not len(input):
+        return grads, [g.zero_() for g in grads]
+    if len(chunk) >= len(input) or grads[0].dtype == ce.arithmetic_dtype(input):
+        return grads, grads
+    return grads, [recycle(torch.empty_like(g, dtype=torch.float32)) for g in grads]
+
+
+def _finished(grads, partial):
+    return tuple(g if g is p else g.copy_(p) for g, p in zip(grads, partial))
 
 
 @torch.no_grad()
@@ -154,7 +169,7 @@ def run_backward(
     recycle=None,
 ):  # fmt: skip
     """The registered op for reduction "none": the logits again, chunk by chunk."""
-    grads = _ready(_alloc_grads(input, linear_weight, needed), input, recycle)
+    grads, partial = _ready(_alloc_grads(input, linear_weight, needed), input, chunk, recycle)
     for begin in range(0, input.shape[0], len(chunk)):
         rows = slice(begin, min(begin + len(chunk), input.shape[0]))
         logits = _logits(input[rows], linear_weight, linear_bias, chunk[: rows.stop - begin])
@@ -162,8 +177,8 @@ def run_backward(
             adjust(logits, begin)
         given = (target[rows], weight, stats[:, rows].contiguous(), total)
         ce._backward_(grad_loss[rows].contiguous(), None, logits, *given, _NONE, *options)
-        _add_grads(logits, rows, input, linear_weight, grads, needed)
-    return tuple(grads)
+        _add_grads(logits, rows, input, linear_weight, partial, needed)
+    return _finished(grads, partial)
 
 
 def all_rows(input, linear_weight):
