@@ -62,7 +62,7 @@ def test_16_bit_weight_gradients_accumulate_in_float32(dtype):
     *_, d_weight, d_bias = page.run_forward(x.new_empty(1, 50), *args)
     exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
     truth = torch.autograd.grad(F.cross_entropy(F.linear(*exact), target, reduction="sum"), exact)
-    assert d_weight.dtype == d_bias.dtype == torch.float32
+    assert d_weight.dtype == d_bias.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     for got, t in zip((d_weight, d_bias), truth[1:]):
         assert (got - t).abs().max() < 2 * torch.finfo(dtype).eps * t.abs().max()
 
@@ -146,3 +146,86 @@ def test_module(options):
     torch.testing.assert_close(ours(x, target), eager(x, target))
     with pytest.raises(RuntimeError, match="weight"):
         pnn.LinearCrossEntropyLoss(8, 50, weight=torch.ones(3))
+
+
+# --- Blocks of classes, whatever the CPU would choose
+def by_classes(x, w, b, target, *, class_weights=None, reduction=1, z_loss=0.0, softcap=0.0):
+    """(loss, d_input, d_weight, d_bias) from the CPU backend's blocks of classes, for upstream gradients of 1."""
+    cpu = pytest.importorskip("pyfused.backends.cpu.linear_cross_entropy")
+    given = (x.detach(), w.detach(), b.detach(), target, class_weights)
+    done = cpu._forward_by_classes(*given, [True] * 3, reduction, -100, 0.0, z_loss, softcap)
+    if done is None or reduction != 0:
+        return done and (done[0], *done[3:])
+    upstream = torch.ones(len(x), dtype=done[0].dtype)
+    return done[0], *cpu._backward_by_classes(upstream, *given, done[2], [True] * 3, -100, 0.0, z_loss, softcap)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.01, "softcap": 3.0, "class_weights": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_blocks_of_classes_agree_with_eager(dtype, options, reduction, monkeypatch):
+    cpu = pytest.importorskip("pyfused.backends.cpu.linear_cross_entropy")
+    monkeypatch.setattr(cpu, "_BLOCK", 1)  # 256 classes: two whole blocks and a part
+    x, w, b, target = problem(rows=40, classes=600, dtype=dtype)
+    target[3] = -100
+    weights = torch.rand(600, generator=torch.Generator().manual_seed(1)).to(dtype) + 0.1
+    options = {**options, "class_weights": weights if options else None}
+    got = by_classes(x, w, b, target, reduction=reduction, **options)
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    options["weight"] = options.pop("class_weights")
+    options |= {"weight": weights.double()} if options["weight"] is not None else {}
+    options |= {"linear_bias": exact[2], "reduction": page.ce.REDUCTIONS[reduction]}
+    loss = page.reference(*exact[:2], target, **options)
+    truth = (loss, *torch.autograd.grad(loss.sum(), exact))
+    for g, t in zip(got, truth, strict=True):
+        # The logits are rounded to bfloat16 first, as they are in eager.
+        tolerance = 16 * torch.finfo(dtype).eps * t.abs().max().item()
+        torch.testing.assert_close(g.double(), t, rtol=0, atol=tolerance)
+
+
+def test_blocks_of_classes_keep_a_confident_rows_loss():
+    """The label's logit is 30 above all others': 1 - p rounds to 0, the loss is 599 e^-30."""
+    x, w, b = torch.zeros(4, 8), torch.zeros(600, 8), torch.zeros(600)
+    b[599] = 30.0
+    loss, _, _, d_bias = by_classes(x, w, b, torch.full((4,), 599), reduction=2)
+    expected = 4 * 599 * torch.exp(torch.tensor(-30.0))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(d_bias[599], -expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_blocks_of_classes_leave_nan_and_blocks_of_inf_to_the_rows(bad, monkeypatch):
+    cpu = pytest.importorskip("pyfused.backends.cpu.linear_cross_entropy")
+    monkeypatch.setattr(cpu, "_BLOCK", 1)
+    monkeypatch.setattr(cpu, "_by_classes", lambda *args: True)
+    x, w, b, target = problem(rows=40, classes=600)
+    b = b.detach().clone()
+    b[256:512] = bad
+    target[:] = 3
+    assert by_classes(x, w, b, target) is None
+    loss = PF.linear_cross_entropy(x.detach(), w.detach(), target, linear_bias=b)
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, w, b), target).detach(), equal_nan=True)
+
+
+def test_blocks_of_classes_are_chosen(monkeypatch):
+    cpu = pytest.importorskip("pyfused.backends.cpu.linear_cross_entropy")
+    target = torch.zeros(1900, dtype=torch.int64)
+    for dtype, fast, with_grads, expected in (
+        (torch.float32, False, False, True),
+        (torch.float32, True, True, False),
+        (torch.bfloat16, True, True, True),
+        (torch.bfloat16, False, True, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
+        x, w = torch.empty(1900, 4, dtype=dtype), torch.empty(9001, 4, dtype=dtype)
+        assert cpu._by_classes(cpu._chunk(x, w), x, target, 0.0, with_grads) == expected
+    small = torch.empty(16, 4), torch.empty(100, 4)
+    assert not cpu._by_classes(cpu._chunk(*small), small[0], target[:16], 0.0, False)
+
+
+@pytest.mark.parametrize("bad", [-1, 600])
+def test_blocks_of_classes_name_a_label_out_of_range(bad):
+    x, w, b, target = problem(rows=40, classes=600)
+    target[7] = bad
+    with pytest.raises(IndexError, match=rf"target {bad} is out of bounds: target\[7\]"):
+        by_classes(x, w, b, target)

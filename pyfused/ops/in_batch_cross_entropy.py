@@ -25,7 +25,7 @@ from . import embedding_dot as dot
 from . import linear_cross_entropy as linear
 from .cross_entropy import DTYPES, REDUCTIONS, arithmetic_dtype
 
-_NONE, _MEAN = REDUCTIONS.index("none"), REDUCTIONS.index("mean")
+_NONE = REDUCTIONS.index("none")
 _PLAIN = (-100, 0.0, 0.0, 0.0)  # cross_entropy's ignore_index, label_smoothing, z_loss and softcap
 
 
@@ -73,7 +73,7 @@ def _row_needs(needed):
 def alloc(user, item, user_weight, item_weight, item_bias, log_q, needed, scale, mask_accidental_hits, reduction):
     """(loss, stats, d_rows, d_items, d_offset).
 
-    Those are cross_entropy's stats and, for a reduced loss, the gradients of the losses' sum for the linear layer's
+    Those are cross_entropy's stats and, for a reduced loss, its gradients for the linear layer's
     input, weight and bias, as far as needed.
     """
     rows, item_rows = (
@@ -110,7 +110,7 @@ def run_backward(chunk, mask: Mask, grad_loss, user, item, user_weight, item_wei
         target = torch.arange(len(user), device=user.device)
         given = (grad_loss, *layer, target, None, stats.new_ones(()), stats, _row_needs(needed), *_PLAIN)
         d_rows, d_items, d_offset = linear.run_backward(chunk, *given, adjust=mask if masked else None)
-    factor = grad_loss.new_ones(()) if reduction == _NONE else grad_loss / (len(user) if reduction == _MEAN else 1)
+    factor = grad_loss.new_ones(()) if reduction == _NONE else grad_loss
     none = user_weight.new_empty(0)
     return (
         _sum_by_id(d_rows, factor * scale, user, user_weight) if needed[0] else none,

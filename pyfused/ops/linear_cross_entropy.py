@@ -4,8 +4,8 @@
 
 Rows are taken in chunks: logits of a chunk into a buffer, loss, gradient of the logits over the same buffer, and from
 it the chunk's part of d_input, d_weight and d_bias. For reductions "mean" and "sum" that is in forward, for upstream
-gradient 1 and before the division by the mean's denominator (it would underflow in fp16); backward scales. For "none",
-whose upstream gradients are known only then, backward computes the logits again.
+gradient 1, the mean's denominator being known from the labels; backward scales where the upstream gradient is another.
+For "none", whose upstream gradients are known only then, backward computes the logits again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ _GIVEN = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target
 
 
 def alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
-    """(loss, total, stats, d_input, d_weight, d_bias) in the dtype of the arithmetic; empty where not needed."""
+    """(loss, total, stats, d_input, d_weight, d_bias), the last three empty where not needed.
+
+    Losses and statistics have the dtype of the arithmetic. So have float16's gradients, which are still to be
+    multiplied by an upstream gradient that exists because float16 would underflow; others have the input's dtype.
+    """
     wanted = [need and reduction != _NONE for need in needed]
 
     def empty(*shape):
@@ -50,7 +54,7 @@ def alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, 
 
 def _alloc_grads(input, linear_weight, wanted):
     shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
-    dtype = ce.arithmetic_dtype(input)
+    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
     return tuple(input.new_empty(shape if want else (0,), dtype=dtype) for shape, want in zip(shapes, wanted))
 
 
@@ -60,37 +64,63 @@ def _logits(input, linear_weight, linear_bias, out):
     return torch.addmm(linear_bias, input, linear_weight.t(), out=out)
 
 
+def _denominator(target, weight, ignore_index, dtype):
+    """The weights of the rows that count, summed; labels out of range are left to the kernel that names them."""
+    if target.is_floating_point():
+        return torch.tensor(len(target), dtype=dtype, device=target.device)
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum(dtype=dtype)
+    counted &= (target >= 0) & (target < len(weight))
+    return weight.double().index_select(0, target.where(counted, 0)).where(counted, 0).sum().to(dtype)
+
+
 def _add_grads(d_logits, rows, input, linear_weight, grads, needed):
-    """One chunk's part of the three gradients; `grads` start at 0."""
+    """One chunk's part of the three gradients; the first chunk overwrites what stands in `grads`."""
     d_input, d_weight, d_bias = grads
-    same = d_weight.dtype == d_logits.dtype
+    first = rows.start == 0
     if needed[0]:
-        if same:
-            torch.mm(d_logits, linear_weight, out=d_input[rows])
-        else:
-            d_input[rows] = torch.mm(d_logits, linear_weight)
+        _add_product(d_input[rows], d_logits, linear_weight, True)
     if needed[1]:
-        if same:
-            d_weight.addmm_(d_logits.t(), input[rows])
-        else:
-            d_weight += torch.mm(d_logits.t(), input[rows])
+        for classes in _blocks(d_weight, d_logits):
+            _add_product(d_weight[classes], d_logits[:, classes].t(), input[rows], first)
     if needed[2]:
-        d_bias += d_logits.sum(0, dtype=d_bias.dtype)
+        part = d_logits.sum(0, dtype=d_bias.dtype)
+        d_bias.copy_(part) if first else d_bias.add_(part)
+
+
+def _add_product(out, a, b, overwrite):
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out) if overwrite else out.addmm_(a, b)
+    else:
+        part = torch.mm(a, b)
+        out.copy_(part) if overwrite else out.add_(part)
+
+
+def _blocks(d_weight, d_logits):
+    """Slices of the classes. A 16-bit product is added to a float32 gradient while it is still in the cache."""
+    on_cpu = d_weight.device.type == "cpu" and d_weight.dtype != d_logits.dtype
+    step = max(256, (2 << 20) // (d_weight.shape[1] * d_weight.itemsize)) if on_cpu else len(d_weight)
+    return [slice(begin, min(begin + step, len(d_weight))) for begin in range(0, len(d_weight), step)]
 
 
 @torch.no_grad()
 def run_forward(
-    chunk, input, linear_weight, linear_bias, target, weight, needed, reduction, *options, adjust=None
+    chunk, input, linear_weight, linear_bias, target, weight, needed, reduction, *options, adjust=None, recycle=None
 ):  # fmt: skip
     """The registered op; `chunk` is a buffer [rows, V] for the logits of as many rows at a time.
 
     adjust: called with a chunk's logits and the number of its first row, may change them before the softmax.
+    recycle: gives a tensor like its argument, in memory that was in use before.
     """
     loss, total, stats, *grads = alloc(input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
     needed = [bool(g.numel()) for g in grads]
-    one = loss.new_ones(())
-    for g in grads[1:]:
-        g.zero_()
+    grads, partial = _ready(grads, input, chunk, recycle)
+    mode = _NONE if reduction == _NONE else _SUM
+    total.copy_(_denominator(target, weight, options[0], total.dtype))
+    mean = reduction not in (_NONE, _SUM)
+    factor = torch.where(total == 0, 0, 1 / total) if mean else loss.new_ones(())  # 0: every row ignored
+    late = input.dtype == torch.float16  # gradients of the logits divided by a large batch would underflow
     sums = []
     for begin in range(0, input.shape[0], len(chunk)):
         rows = slice(begin, min(begin + len(chunk), input.shape[0]))
@@ -98,30 +128,48 @@ def run_forward(
         if adjust is not None:
             adjust(logits, begin)
         given = (target[rows], weight)
-        mode = _NONE if reduction == _NONE else _SUM
         part, _, part_stats, part_total = ce._forward(logits, *given, False, mode, *options)
         stats[:, rows] = part_stats
-        sums.append(torch.stack([part if mode == _SUM else part_total, part_total]).double())
         if mode == _NONE:
             loss[rows] = part
+        else:
+            sums.append(part)
         if any(needed):
-            ce._backward_(one, None, logits, *given, part_stats, part_total, mode, *options)
-            _add_grads(logits, rows, input, linear_weight, grads, needed)
-    sums = torch.stack(sums).sum(0) if sums else loss.new_zeros(2)
-    total.copy_(sums[1])
-    if reduction != _NONE:
-        loss.copy_(sums[0] if reduction == _SUM else sums[0] / sums[1])
-    return loss, total, stats, *grads
+            upstream = torch.ones_like(factor) if late else factor
+            ce._backward_(upstream, None, logits, *given, part_stats, part_total, mode, *options)
+            _add_grads(logits, rows, input, linear_weight, partial, needed)
+    if mode == _SUM:
+        loss.copy_(torch.stack(sums).sum(dtype=torch.float64) if sums else 0)
+        if mean:
+            loss.div_(total)
+    if late:
+        for g in partial:
+            g.mul_(factor)
+    return loss, total, stats, *_finished(grads, partial)
+
+
+def _ready(grads, input, chunk, recycle):
+    """The gradients to return and those to add the chunks to, which are the same, or float32."""
+    recycle = recycle or (lambda fresh: fresh)
+    grads = [recycle(g) for g in grads]
+    if not len(input):
+        return grads, [g.zero_() for g in grads]
+    if len(chunk) >= len(input) or grads[0].dtype == ce.arithmetic_dtype(input):
+        return grads, grads
+    return grads, [recycle(torch.empty_like(g, dtype=torch.float32)) for g in grads]
+
+
+def _finished(grads, partial):
+    return tuple(g if g is p else g.copy_(p) for g, p in zip(grads, partial))
 
 
 @torch.no_grad()
 def run_backward(
-    chunk, grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options, adjust=None
+    chunk, grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options, adjust=None,
+    recycle=None,
 ):  # fmt: skip
     """The registered op for reduction "none": the logits again, chunk by chunk."""
-    grads = _alloc_grads(input, linear_weight, needed)
-    for g in grads[1:]:
-        g.zero_()
+    grads, partial = _ready(_alloc_grads(input, linear_weight, needed), input, chunk, recycle)
     for begin in range(0, input.shape[0], len(chunk)):
         rows = slice(begin, min(begin + len(chunk), input.shape[0]))
         logits = _logits(input[rows], linear_weight, linear_bias, chunk[: rows.stop - begin])
@@ -129,8 +177,8 @@ def run_backward(
             adjust(logits, begin)
         given = (target[rows], weight, stats[:, rows].contiguous(), total)
         ce._backward_(grad_loss[rows].contiguous(), None, logits, *given, _NONE, *options)
-        _add_grads(logits, rows, input, linear_weight, grads, needed)
-    return grads
+        _add_grads(logits, rows, input, linear_weight, partial, needed)
+    return _finished(grads, partial)
 
 
 def all_rows(input, linear_weight):
@@ -175,13 +223,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif reduction == _NONE:
             grads = _backward(grad_loss, *given, total, stats, needed, *options)
         else:
-            mean = reduction != _SUM
-            scale = torch.where(total == 0, 0, grad_loss / total) if mean else grad_loss  # 0: every row ignored
             if len(ctx.saved_tensors) > 7:
-                grads = [d * scale for d in ctx.saved_tensors[7:]]
+                grads = [d * grad_loss for d in ctx.saved_tensors[7:]]
             else:  # a second backward computes them again, to the same bits
-                unit = ctx.grads or _forward(*given, needed, *ctx.options)[3:]
-                grads, ctx.grads = [d.mul_(scale) for d in unit], None
+                grads = ctx.grads or _forward(*given, needed, *ctx.options)[3:]
+                ctx.grads = None
+                if grad_loss.device.type != "cpu" or grad_loss != 1:  # asking a GPU would wait for it
+                    grads = [d.mul_(grad_loss) for d in grads]
         grads = [g.to(x.dtype) if need else None for g, x, need in zip(grads, given[:3], needed)]
         return *grads, *(None,) * 7
 

@@ -1,27 +1,164 @@
-"""linear_cross_entropy on the CPU: the BLAS for the products, cross_entropy's kernel on chunks of logits between."""
+"""linear_cross_entropy on the CPU: the BLAS for the products, cross_entropy's kernel on blocks of logits between.
+
+Chunks of rows, as the op's page describes, or blocks of classes for all rows. By classes every row's log-sum-exp is
+known only after the last block, so gradients need the logits a second time: four products instead of three. Still
+blocks of classes are taken
+
+- where no gradients are made: one product either way, and the BLAS packs the weight once, not for every chunk;
+- for bfloat16 on a CPU with AMX, where a product costs less than what a chunk of rows costs besides: packing the weight
+  and adding to all of d_weight in float32. By classes each part of d_weight is complete at once.
+"""
+
+import torch
 
 from ...dispatch import kernel
 from ...memory import cached
+from ...ops import cross_entropy as ce
 from ...ops import linear_cross_entropy as op
+
+_NONE, _SUM = (ce.REDUCTIONS.index(r) for r in ("none", "sum"))
+_BLOCK = 8 << 20  # bytes of a block of logits: at 2 MiB forward of 1024 x 384 x 50257 is a fifth slower
+
+
+def _fast_products(input) -> bool:
+    return input.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def _chunk(input, linear_weight):
-    """A buffer for some rows of logits: 8 MiB, but at least 256 rows.
+    """A buffer for some rows of logits: 8 MiB, but at least 256 rows; where products are fast, all that fit in 32 MiB.
 
     For every chunk the BLAS packs all of linear_weight and adds to all of d_weight: at 128 rows that makes the whole a
     fifth slower than one chunk of 1024 rows, at 256 a tenth.
     """
     rows, classes = input.shape[0], linear_weight.shape[0]
-    most = max(256, (8 << 20) // (classes * input.element_size()))
+    target = 32 << 20 if _fast_products(input) else _BLOCK
+    most = max(256, target // (classes * input.element_size()))
     chunks = max(1, -(-rows // most))
     return cached(input.new_empty(max(1, -(-rows // chunks)), classes))  # chunks of equal length
 
 
+def _by_classes(chunk, input, target, label_smoothing, with_grads) -> bool:
+    """Whether blocks of classes are faster, and can be: the spread part of a target needs sums over all classes."""
+    if target.is_floating_point() or label_smoothing != 0 or len(input) > 1 << 14:
+        return False
+    if not with_grads:
+        return chunk.nbytes > _BLOCK
+    return _fast_products(input) and len(chunk) < len(input)
+
+
+class _Classes:
+    """The logits of all rows, a block of classes at a time."""
+
+    def __init__(self, input, linear_weight, linear_bias, target, weight, ignore_index, z_loss, softcap):
+        self.layer, self.target, self.z_loss, self.softcap = (
+            (input, linear_weight, linear_bias),
+            target,
+            z_loss,
+            softcap,
+        )
+        self.counted = target != ignore_index
+        bad = self.counted & ((target < 0) | (target >= len(linear_weight)))
+        if bad.any():
+            at = bad.nonzero()[0].item()
+            limits = f"must lie in [0, {len(linear_weight)})"
+            raise IndexError(f"target {target[at].item()} is out of bounds: target[{at}] {limits}")
+        self.weights = self.counted.to(ce.arithmetic_dtype(input))
+        if weight is not None:
+            self.weights *= weight[target.where(self.counted, 0)]
+        step = max(256, _BLOCK // (input.element_size() * len(input)))
+        self.buffer = cached(input.new_empty(len(input) * min(step, len(linear_weight))))
+        self.ends = [(c, min(c + step, len(linear_weight))) for c in range(0, len(linear_weight), step)]
+
+    def blocks(self):
+        """(slice of classes, logits, rows whose label is in the block, their labels in it; ignored for the others)"""
+        input, weight, bias = self.layer
+        for begin, end in self.ends:
+            classes = slice(begin, end)
+            logits = self.buffer[: len(input) * (end - begin)].view(len(input), end - begin)
+            op._logits(input, weight[classes], None if bias is None else bias[classes], logits)
+            inside = self.counted & (self.target >= begin) & (self.target < end)
+            yield classes, logits, inside, (self.target - begin).where(inside, -1)
+
+    def losses(self):
+        """(loss per row, stats); None where a block's log-sum-exp is NaN: a NaN, or a block with nothing but -inf."""
+        lse = self.weights.new_empty(len(self.ends), len(self.target))
+        own, own_lse = torch.zeros_like(lse[0]), torch.zeros_like(lse[0])
+        rest = torch.empty_like(lse)
+        for i, (_, logits, inside, label) in enumerate(self.blocks()):
+            loss, lse[i], *_ = ce._forward(logits, label, None, True, _NONE, -1, 0.0, 0.0, self.softcap)
+            own, own_lse = loss.where(inside, own), lse[i].where(inside, own_lse)
+            rest[i] = lse[i].masked_fill(inside, -torch.inf)
+        if not lse.isfinite().all():
+            return None
+        # Both terms are positive: a confident row's loss keeps its digits.
+        loss = own + torch.logaddexp(rest.logsumexp(0) - own_lse, own.new_zeros(()))
+        lse = lse.logsumexp(0)
+        stats = torch.stack([lse, torch.ones_like(lse), torch.expm1(-loss).where(self.counted, 0)])
+        return (loss * self.weights + self.z_loss * self.weights * lse * lse).where(self.counted, 0), stats
+
+    def add_grads(self, upstream, stats, grads, needed):
+        """The gradients for losses whose upstream gradients are `upstream`, one per row."""
+        input, weight, _ = self.layer
+        d_input, d_weight, d_bias = grads
+        sums = torch.zeros(d_input.shape, dtype=stats.dtype) if needed[0] else None
+        g = upstream * self.weights
+        of_lse, one = g * (2 * self.z_loss) * stats[0], g.new_ones(())
+        for classes, logits, inside, label in self.blocks():
+            # Rows with their label elsewhere: this block has their log-sum-exp's gradient only.
+            given = (g.where(inside, 0), of_lse + g.masked_fill(inside, 0), logits, label, None, stats, one)
+            ce._backward_(*given, _NONE, -1, 0.0, 0.0, self.softcap)
+            if needed[0]:
+                sums += torch.mm(logits, weight[classes])
+            if needed[1]:
+                torch.mm(logits.t(), input, out=d_weight[classes])
+            if needed[2]:
+                d_bias[classes] = logits.sum(0, dtype=stats.dtype)
+        if needed[0]:
+            d_input.copy_(sums)
+
+
+@torch.no_grad()
+def _forward_by_classes(input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
+    ignore_index, _, z_loss, softcap = options
+    rows = _Classes(input, linear_weight, linear_bias, target, weight, ignore_index, z_loss, softcap)
+    found = rows.losses()
+    if found is None:
+        return None
+    losses, stats = found
+    loss, total, _, *grads = op.alloc(input, linear_weight, None, target, weight, needed, reduction)
+    total.copy_(rows.weights.sum(dtype=torch.float64))
+    mean = reduction not in (_NONE, _SUM)
+    loss.copy_(losses if reduction == _NONE else losses.sum(dtype=torch.float64) / (total if mean else 1))
+    grads = [cached(d) for d in grads]
+    needed = [bool(d.numel()) for d in grads]
+    if any(needed):
+        factor = torch.where(total == 0, 0, 1 / total) if mean else total.new_ones(())
+        rows.add_grads(factor.expand(len(input)), stats, grads, needed)
+    return loss, total, stats, *grads
+
+
+@torch.no_grad()
+def _backward_by_classes(grad_loss, input, linear_weight, linear_bias, target, weight, stats, needed, *options):
+    ignore_index, _, z_loss, softcap = options
+    rows = _Classes(input, linear_weight, linear_bias, target, weight, ignore_index, z_loss, softcap)
+    grads = [cached(d) for d in op._alloc_grads(input, linear_weight, needed)]
+    rows.add_grads(grad_loss, stats, grads, needed)
+    return tuple(grads)
+
+
 @kernel("linear_cross_entropy", "cpu")
-def forward(input, linear_weight, *rest):
-    return op.run_forward(_chunk(input, linear_weight), input, linear_weight, *rest)
+def forward(input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
+    given = (input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
+    chunk = _chunk(input, linear_weight)
+    with_grads = reduction != _NONE and any(needed)
+    done = _forward_by_classes(*given) if _by_classes(chunk, input, target, options[1], with_grads) else None
+    return done or op.run_forward(chunk, *given, recycle=cached)
 
 
 @kernel("linear_cross_entropy_backward", "cpu")
-def backward(grad_loss, input, linear_weight, *rest):
-    return op.run_backward(_chunk(input, linear_weight), grad_loss, input, linear_weight, *rest)
+def backward(grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options):
+    given = (grad_loss, input, linear_weight, linear_bias, target, weight)
+    chunk = _chunk(input, linear_weight)
+    if _by_classes(chunk, input, target, options[1], True) and stats.isfinite().all():
+        return _backward_by_classes(*given, stats, needed, *options)
+    return op.run_backward(chunk, *given, total, stats, needed, *options, recycle=cached)
