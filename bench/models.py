@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import pyfused
 import pyfused.functional as PF
 import pyfused.nn as pnn
 from pyfused.models import MnistCNN, Recommender
@@ -34,6 +36,25 @@ def training_step(loss_of: Callable, model: nn.Module, optimizer: torch.optim.Op
         optimizer.step()
 
     return Contender(run, gradients)
+
+
+def step_in_backward(loss_of: Callable, optimizer: torch.optim.Optimizer | None, rows: Callable) -> Contender:
+    """A training step that may leave no gradient to compare: the results are the loss and how a step moves `rows()`."""
+
+    def run():
+        if optimizer is not None:
+            optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        return loss.detach()
+
+    def result():
+        before = rows()
+        return [run(), *(b - a for a, b in zip(before, rows(), strict=True))]
+
+    return Contender(run, result)
 
 
 def inference(function: Callable) -> Contender:
@@ -120,9 +141,35 @@ class EagerDot(nn.Module):
         return (self.user(user) * self.item(item)).sum(-1)
 
 
+class FbgemmDot(nn.Module):
+    """FBGEMM's table-batched embedding (bags of one row), whose backward steps with SGD, and a product in PyTorch."""
+
+    def __init__(self, users: int, items: int, dim: int, lr: float) -> None:
+        super().__init__()
+        from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
+
+        self.tables = training.SplitTableBatchedEmbeddingBagsCodegen(
+            [(rows, dim, EmbeddingLocation.HOST, training.ComputeDevice.CPU) for rows in (users, items)],
+            optimizer=training.OptimType.EXACT_SGD,
+            learning_rate=lr,
+            bounds_check_mode=BoundsCheckMode.NONE,
+        )
+        self.user, self.item = self.tables.split_embedding_weights()
+
+    def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat([user, item])
+        rows = self.tables(ids, torch.arange(len(ids) + 1))
+        return torch.mul(*rows.chunk(2, 1)).sum(-1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecommenderStep(Case):
-    """Scores of user-item pairs and a squared error: dense tables with Adam, or large tables with sparse SGD."""
+    """Scores of user-item pairs and a squared error: dense tables with Adam, or large tables with sparse SGD.
+
+    In the latter the learning rate is that of a sum over the batch, so that a step exceeds rounding, and "pyfused"
+    takes it in the backward.
+    """
 
     op: ClassVar[str] = "recommender"
     batch: int
@@ -163,7 +210,9 @@ class RecommenderStep(Case):
         user, item = (torch.randint(n, (self.batch,), device=device) for n in (self.users, self.items))
         rating = torch.randn(self.batch, device=device).to(self.dtype)
 
-        def build(fused, compiled=False):
+        lr = 1e-3 * (self.batch if self.sparse else 1)
+
+        def build(fused, compiled=False, in_backward=False):
             model = self._model(fused).to(device, self.dtype)
             model.load_state_dict(template.state_dict())
 
@@ -174,12 +223,33 @@ class RecommenderStep(Case):
                 function = torch.compile(model) if compiled else model
                 return inference(lambda: function(user, item))
             function = torch.compile(loss_of) if compiled else loss_of
-            adam_or_sgd = torch.optim.SGD if self.sparse else torch.optim.Adam
-            optimizer = adam_or_sgd(model.parameters(), lr=1e-3)
-            return training_step(lambda: function(user, item, rating), model, optimizer)
+            if not self.sparse:
+                optimizer = torch.optim.Adam(model.parameters(), lr)
+                return training_step(lambda: function(user, item, rating), model, optimizer)
+            optimizer = (pyfused.optim.SGD if in_backward else torch.optim.SGD)(model.parameters(), lr)
+            model.optimizer = optimizer if in_backward else None
+            return step_in_backward(lambda: function(user, item, rating), optimizer, lambda: rows_of(model))
 
-        return {
+        def rows_of(model):
+            return [model.user.weight.detach()[user], model.item.weight.detach()[item]]
+
+        def fbgemm():
+            model = FbgemmDot(self.users, self.items, self.dim, lr)
+            model.user.copy_(template.user.weight.detach())
+            model.item.copy_(template.item.weight.detach())
+
+            def loss():
+                return F.mse_loss(model(user, item), rating)
+
+            return step_in_backward(loss, None, lambda: [model.user[user], model.item[item]])
+
+        found = {
             "eager": lambda: build(False),
             "compile": lambda: build(False, compiled=True),
-            "pyfused": lambda: build(True),
+            "pyfused": lambda: build(True, in_backward=True),
         }
+        if not self.sparse or direction == "forward":
+            return found
+        if importlib.util.find_spec("fbgemm_gpu") and device.type == "cpu" and self.dtype == torch.float32:
+            found["FBGEMM"] = fbgemm
+        return {**found, "pyfused sparse": lambda: build(True)}

@@ -1,7 +1,7 @@
 """Fused conv + ReLU, softmax-cross-entropy and embedding-dot kernels for PyTorch, on CPU and GPU."""
 
 from . import backends as _backends  # noqa: F401  (fills the dispatch table)
-from . import functional, nn
+from . import functional, nn, optim
 from .dispatch import available_backends, explain, ops, use_backend
 from .errors import check_errors
 from .memory import empty_cache, set_cache_limit
@@ -16,6 +16,7 @@ __all__ = [
     "functional",
     "nn",
     "ops",
+    "optim",
     "set_cache_limit",
     "set_conv_algorithm",
     "use_backend",

@@ -104,10 +104,14 @@ class EmbeddingDot(nn.Module):
         bias: add `user_bias` and `item_bias`, nn.Embedding with D = 1.
         padding_idx: row of both tables (or a pair: one for each) that starts as zeros and gets no gradient.
         sparse: gradients are coalesced sparse tensors.
+
+    The attribute `optimizer`, None at first, can be set to one of pyfused.optim made with this module's parameters:
+    backward then takes its steps and no gradient is stored.
     """
 
     def __init__(self, num_users, num_items, embedding_dim, *, bias=False, padding_idx=None, sparse=False):
         super().__init__()
+        self.optimizer = None
         padding = padding_idx if isinstance(padding_idx, (tuple, list)) else (padding_idx, padding_idx)
         for name, rows, padding_row in (("user", num_users, padding[0]), ("item", num_items, padding[1])):
             setattr(self, name, nn.Embedding(rows, embedding_dim, padding_row, sparse=sparse))
@@ -119,4 +123,5 @@ class EmbeddingDot(nn.Module):
         biases = (self.user_bias.weight, self.item_bias.weight) if hasattr(self, "user_bias") else (None, None)
         tables = (self.user.weight, self.item.weight, *biases)
         padding = (self.user.padding_idx, self.item.padding_idx)
-        return functional.embedding_dot(user, item, *tables, padding_idx=padding, sparse=self.user.sparse)
+        options = {"padding_idx": padding, "sparse": self.user.sparse, "optimizer": self.optimizer}
+        return functional.embedding_dot(user, item, *tables, **options)

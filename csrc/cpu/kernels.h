@@ -33,7 +33,10 @@
   K(embedding_dot,                                                                                                     \
     (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads)) \
   K(embedding_dot_backward, (View weight_grad, View bias_grad, View occurring, View count, View grad, View ids,        \
-                             View other_ids, View other_weight, int64_t rows, int64_t padding, int threads))
+                             View other_ids, View other_weight, int64_t rows, int64_t padding, int threads))           \
+  K(embedding_dot_update, (View weight, View bias, View weight_s, View weight_t, View bias_s, View bias_t,             \
+                           View before, View slots, View grad, View ids, View other_ids, View other_weight,            \
+                           View settings, int rule, int64_t rows, int64_t padding, int threads))
 
 namespace pyfused {
 

@@ -11,11 +11,16 @@ and the same for V and bv with the roles exchanged, so one backward op, called p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from .._library import define, differentiable_grads, needs_grad, reject
+from .embedding_dot_update import update
+
+if TYPE_CHECKING:
+    from ..optim import Optimizer
 
 
 def reference(user, item, user_weight, item_weight, user_bias=None, item_bias=None, *, padding_idx=None, sparse=False):
@@ -148,6 +153,63 @@ def _table_grads(grad, ids, other_ids, other_weight, table, table_bias, padding,
     return form(weight_grad, table) if weight else None, form(bias_grad, table_bias) if bias else None
 
 
+class _EmbeddingDotUpdate(torch.autograd.Function):
+    """The forward of _EmbeddingDot; the backward takes the optimizer's step instead of returning gradients."""
+
+    @staticmethod
+    def forward(ctx, user, item, user_weight, item_weight, user_bias, item_bias, padding, optimizer):
+        ctx.save_for_backward(user, item, user_weight, item_weight, user_bias, item_bias)
+        ctx.padding, ctx.optimizer = padding, optimizer
+        return _forward(user, item, user_weight, item_weight, user_bias, item_bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "pyfused.embedding_dot: with optimizer=..., the backward changes the tables: it cannot be"
+                " differentiated (create_graph=True)"
+            )
+        try:
+            given = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(
+                "pyfused.embedding_dot: a table was changed after this forward and before its backward. With"
+                " optimizer=..., the backward itself changes the tables: it can run once, and a table can be in one"
+                f" embedding_dot of a graph (to score several items of a user, give item as [B, K]). {error}"
+            ) from error
+        needed = list(ctx.needs_input_grad[2:6])
+        changed = [table for table, need in zip(given[2:], needed) if need]
+        ctx.optimizer.step_in_backward(
+            changed,
+            lambda rule, state, settings: update(
+                grad, *given, state, [-1 if row is None else row for row in ctx.padding], needed, rule, settings
+            ),
+        )
+        torch.autograd.graph.increment_version(changed)  # so that autograd sees what else saved the old tables
+        return (None,) * 8
+
+
+@torch.compiler.disable(reason="pyfused.embedding_dot(optimizer=...) changes the tables in its backward")
+def _update_in_backward(given, padding, optimizer):
+    tables = [table for table in given[2:] if table is not None and table.requires_grad]
+    if problem := _no_update(given, tables, optimizer):
+        raise ValueError(f"pyfused.embedding_dot: {problem}")
+    return _EmbeddingDotUpdate.apply(*given, padding, optimizer)
+
+
+def _no_update(given, tables, optimizer) -> str | None:
+    """Why the optimizer cannot update these tables in the backward; None if it can."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, table in zip(("user_weight", "item_weight", "user_bias", "item_bias"), given[2:]):
+        if table is not None and table.requires_grad and id(table) not in known:
+            return f"{name} requires a gradient but is none of the optimizer's parameters"
+    if len({table.untyped_storage().data_ptr() for table in tables if table.numel()}) < sum(
+        table.numel() > 0 for table in tables
+    ):
+        return "tables that share memory cannot be updated in the backward: use sparse=True and a torch.optim optimizer"
+    return None
+
+
 def _pair(padding_idx):
     return tuple(padding_idx) if isinstance(padding_idx, Sequence) else (padding_idx, padding_idx)
 
@@ -187,6 +249,7 @@ def embedding_dot(
     *,
     padding_idx: int | tuple[int | None, int | None] | None = None,
     sparse: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> torch.Tensor:
     """Dot products of rows of two embedding tables, plus biases, without storing the gathered rows.
 
@@ -203,6 +266,9 @@ def embedding_dot(
         padding_idx: row of both tables (or a pair: one each) that gets no gradient; may be negative, as in F.embedding.
         sparse: gradients of weights and biases are coalesced sparse COO tensors that hold the rows that occur. Within
             torch.compile, which cannot trace sparse tensors, this runs in eager PyTorch.
+        optimizer: of pyfused.optim, made with the tables and biases as its parameters: backward takes its step on them
+            and no gradient is stored, `sparse` or not. A graph may use a table in one such call only. Within
+            torch.compile this breaks the graph.
 
     Returns:
         Scores of item's shape and the tables' dtype.
@@ -210,7 +276,9 @@ def embedding_dot(
     Raises:
         IndexError: an id is not a row of its table (negative ids are not).
         What eager PyTorch raises for other bad arguments, ValueError where it would go on: tables of several dtypes, a
-        bias or ids that fit only by broadcasting.
+        bias or ids that fit only by broadcasting; a table that `optimizer` does not hold, or tables that share memory.
+        RuntimeError: in backward, with `optimizer`: under create_graph=True, and where the tables have changed since
+            the forward, as in a second backward.
     """
     padding = _pair(padding_idx)
     given = (user, item, user_weight, item_weight, user_bias, item_bias)
@@ -218,8 +286,10 @@ def embedding_dot(
         reject("embedding_dot", problem, reference, *given, padding_idx=padding_idx, sparse=sparse)
     if not needs_grad(*given[2:]):
         return _forward(*given)
-    if sparse and torch.compiler.is_compiling():
+    if sparse and optimizer is None and torch.compiler.is_compiling():
         return reference(*given, padding_idx=padding_idx, sparse=True)
     tables = (user_weight, item_weight)
     padding = tuple(row if row is None or row >= 0 else row + w.shape[0] for row, w in zip(padding, tables))
+    if optimizer is not None:
+        return _update_in_backward(given, padding, optimizer)
     return _EmbeddingDot.apply(*given, padding, sparse)

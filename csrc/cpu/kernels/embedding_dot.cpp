@@ -3,8 +3,9 @@
 //   out[b, k] = ∑_d user_weight[user[b], d] · item_weight[item[b, k], d] + user_bias[user[b]] + item_bias[item[b, k]]
 //
 // n = B·K scores of B users with K items each; pairs: K = 1.
-// Tiles   four scores at a time; where they share their user, its row is read once for the four. Rows are prefetched 16
-//         scores ahead: they lie at random places, and a cache miss costs ten times a row's arithmetic.
+// Tiles   four scores at a time; where they share their user, its row is read once for the four, and their sums over lanes
+//         are taken together. Rows of tables larger than the cache are prefetched 16 scores ahead: they lie at random
+//         places, and a cache miss costs ten times a row's arithmetic.
 // Traffic reads B + n rows of D numbers and 8 (4) bytes per id, writes n results; 2·n·D flops, so the memory's rate of
 //         random reads is the floor. B = 65,536 pairs, D = 64, float32: 35 MB.
 // Saves   nothing: the backward gathers again.
@@ -39,43 +40,42 @@ PYFUSED_INLINE void dot4(const T* const* u, const T* const* v, int64_t dim, comp
   } else if (d < dim) {
     for (int i = 0; i < 4; ++i) sum[i] += load_first(u[one_user ? 0 : i], dim) * load_first(v[i], dim);
   }
-  for (int i = 0; i < 4; ++i) out[i] = reduce_add(sum[i]);
+  reduce_add4(sum, out);
 }
 
-// Scores [begin, end).
+// Scores [begin, end), looked up in chunks: addresses in one loop and arithmetic in another run at twice the rate of both
+// in one. The first rows of a chunk arrive while the others are looked up.
 template <class T>
 void score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* user_bias, const T* item_bias,
            int64_t begin, int64_t end) {
-  int64_t per_user = item.count / user.count, users_ahead = (kAhead + per_user - 1) / per_user;
-  int64_t b = begin / per_user, k = begin % per_user;
-  for (int64_t p = begin; p < end; p += 4) {
-    int count = static_cast<int>(min<int64_t>(4, end - p));
-    int64_t u_id[4], v_id[4], first = b;
-    const T *u[4], *v[4];
-    for (int i = 0; i < 4; ++i) {
-      if (i < count) {
-        if ((k == 0 || p == begin) && b + users_ahead < user.count) users.prefetch(users.row(user[b + users_ahead]));
-        if (p + i + kAhead < item.count) items.prefetch(items.row(item[p + i + kAhead]));
-        u_id[i] = user[b];
-        v_id[i] = item[p + i];
-        if (++k == per_user) k = 0, ++b;
-      } else {  // past the end: the last pair again
-        u_id[i] = u_id[count - 1];
-        v_id[i] = v_id[count - 1];
+  using C = compute_t<T>;
+  constexpr int64_t kChunk = 256;
+  const T *u[kChunk], *v[kChunk];
+  C bias[kChunk], dots[kChunk];
+  int64_t per_user = item.count / user.count, b = begin / per_user, k = begin % per_user;
+  for (int64_t p = begin; p < end; p += kChunk) {
+    int64_t count = min(kChunk, end - p);
+    for (int64_t t = 0; t < count; ++t) {
+      int64_t user_id = user[b], item_id = item[p + t];
+      u[t] = users.row(user_id);
+      v[t] = items.row(item_id);
+      if (t < kAhead) users.prefetch(u[t]), items.prefetch(v[t]);
+      bias[t] = user_bias ? to_compute(user_bias[user_id]) : C(0);
+      if (item_bias) bias[t] += to_compute(item_bias[item_id]);
+      if (++k == per_user) k = 0, ++b;
+    }
+    for (int64_t t = count; t % 4; ++t) u[t] = u[count - 1], v[t] = v[count - 1];
+    for (int64_t t = 0; t < count; t += 4) {
+      for (int64_t ahead = t + kAhead; ahead < min(t + kAhead + 4, count); ++ahead) {
+        if (u[ahead] != u[ahead - 1]) users.prefetch(u[ahead]);
+        items.prefetch(v[ahead]);
       }
-      u[i] = users.row(u_id[i]);
-      v[i] = items.row(v_id[i]);
+      if (u[t] == u[t + 1] && u[t] == u[t + 2] && u[t] == u[t + 3])
+        dot4<true>(u + t, v + t, users.dim, dots + t);
+      else
+        dot4<false>(u + t, v + t, users.dim, dots + t);
     }
-    compute_t<T> dots[4];
-    if (b == first || (b == first + 1 && k == 0))
-      dot4<true>(u, v, users.dim, dots);
-    else
-      dot4<false>(u, v, users.dim, dots);
-    for (int i = 0; i < count; ++i) {
-      if (user_bias) dots[i] += to_compute(user_bias[u_id[i]]);
-      if (item_bias) dots[i] += to_compute(item_bias[v_id[i]]);
-      out[p + i] = from_compute<T>(dots[i]);
-    }
+    for (int64_t t = 0; t < count; ++t) out[p + t] = from_compute<T>(dots[t] + bias[t]);
   }
 }
 

@@ -10,6 +10,14 @@ namespace {
 constexpr int64_t kAhead = 16;        // terms between the prefetch of a row and its use
 constexpr int64_t kAheadBytes = 512;  // prefetched of a row; the hardware sees the pattern in what follows
 
+// Into the second-level cache: it tracks more misses at once than the first (here 48 against 16), which is worth a quarter
+// of the time where rows come from memory.
+template <class T>
+PYFUSED_INLINE void prefetch_row(const T* row, int64_t dim) {
+  int64_t bytes = min<int64_t>(dim * sizeof(T), kAheadBytes);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i, 0, 2);
+}
+
 // int32 or int64 ids. The branch in [] always goes the same way; it costs less than two more template parameters.
 struct Ids {
   const void* data;
@@ -25,11 +33,15 @@ template <class T>
 struct Table {
   const T* data;
   int64_t stride, dim;
-  explicit Table(View v) : data(v.as<T>()), stride(v.strides[0]), dim(v.shape[1]) {}
+  bool far;  // too large for the second-level cache, so worth a prefetch
+  explicit Table(View v)
+      : data(v.as<T>()),
+        stride(v.strides[0]),
+        dim(v.shape[1]),
+        far(v.shape[0] * stride > (4 << 20) / int64_t{sizeof(T)}) {}
   PYFUSED_INLINE const T* row(int64_t id) const { return data + id * stride; }
   PYFUSED_INLINE void prefetch(const T* row) const {
-    int64_t bytes = min<int64_t>(dim * sizeof(T), kAheadBytes);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+    if (far) prefetch_row(row, dim);
   }
 };
 

@@ -1,4 +1,4 @@
-"""embedding_dot on the CPU: csrc/cpu/kernels/embedding_dot.cpp."""
+"""embedding_dot on the CPU: csrc/cpu/kernels/embedding_dot*.cpp."""
 
 import torch
 
@@ -6,6 +6,7 @@ from ... import _C
 from ...dispatch import kernel
 from ...memory import cached
 from ...ops import embedding_dot as op
+from ...ops import embedding_dot_update as update_op
 
 
 def _rows_contiguous(weight):
@@ -37,3 +38,38 @@ def backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sp
     _C.embedding_dot_backward(*written, *found, *read, rows, padding, torch.get_num_threads())
     outputs = (weight_grad, bias_grad, occurring)
     return tuple(x[: count.item()] for x in outputs) if sparse else outputs
+
+
+def _cannot_update(grad, user, item, user_weight, item_weight, user_bias, item_bias, state, *rest):
+    for name, table in (("user_weight", user_weight), ("item_weight", item_weight)):
+        if table.stride(1) != 1 and table.shape[1] > 1:
+            return f"the rows of {name} have gaps between their numbers, so it cannot be changed in place"
+    if not all(s.is_contiguous() for s in state):
+        return "the optimizer's state is not contiguous"
+    return None
+
+
+@kernel("embedding_dot_update", "cpu", _cannot_update)
+def update(grad, user, item, user_weight, item_weight, user_bias, item_bias, state, padding, needed, rule, settings):
+    ids, grad, threads = (user.contiguous(), item.contiguous()), grad.contiguous(), torch.get_num_threads()
+    weights = (user_weight, item_weight)
+    biases = tuple(bias if bias is None or bias.dim() == 1 else bias[:, 0] for bias in (user_bias, item_bias))
+    options = update_op.per_table(rule, state, settings, needed)
+    before = slots = None
+    if needed[0] and needed[1]:
+        # The items' gradient needs the users' rows as they were.
+        count = min(user.numel(), user_weight.shape[0])
+        before = cached(user_weight.new_empty(count, user_weight.shape[1]))
+        slots = torch.empty(user.shape, dtype=torch.int64)
+    others = ((ids[1], item_weight), (ids[0], user_weight) if before is None else (slots, before))
+    for side in (0, 1):
+        if not needed[side] and not needed[side + 2]:
+            continue
+        pair = (options[side], options[side + 2])
+        tensors = [tensor for given in pair for tensor in (*given[0], None, None)[:2]]
+        numbers = torch.tensor([(*given[1], 0.0, 0.0, 0.0, 0.0)[:4] for given in pair], dtype=torch.float64)
+        _C.embedding_dot_update(
+            weights[side] if needed[side] else None, biases[side] if needed[side + 2] else None, *tensors,
+            *((before, slots) if side == 0 else (None, None)), grad, ids[side], *others[side], numbers,
+            list(update_op.RULES).index(rule), weights[side].shape[0], padding[side], threads,
+        )  # fmt: skip
