@@ -3,6 +3,7 @@
 from . import backends as _backends  # noqa: F401  (fills the dispatch table)
 from . import functional, nn
 from .dispatch import available_backends, explain, ops, use_backend
+from .fusion import fuse, fuse_report, unfuse
 from .memory import empty_cache, set_cache_limit
 from .ops.conv2d_relu import set_conv_algorithm
 
@@ -12,9 +13,12 @@ __all__ = [
     "empty_cache",
     "explain",
     "functional",
+    "fuse",
+    "fuse_report",
     "nn",
     "ops",
     "set_cache_limit",
     "set_conv_algorithm",
+    "unfuse",
     "use_backend",
 ]
