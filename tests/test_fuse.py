@@ -13,12 +13,7 @@ import pyfused
 from pyfused.fusion import head, losses, measure
 from pyfused.fusion.trace import install
 
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch, tmp_path):
-    """No test depends on a timer: fused calls take half as long, unless a test says otherwise. No cache but its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(measure, "seconds", lambda eager, fused: [2.0, 1.0])
+pytestmark = pytest.mark.usefixtures("fused_wins")
 
 
 def fused(model, example, **options):

@@ -181,7 +181,7 @@ def rewrite(graph: fx.Graph, matches: Iterable[Match]) -> None:
     fused = {}  # by the result they replace, which later matches may take
 
     def value(x):
-        return graph.get_attr(str(x)) if isinstance(x, Attr) else fused.get(x, x) if isinstance(x, fx.Node) else x
+        return graph.get_attr(str(x)) if isinstance(x, Attr) else fx.map_arg(x, lambda node: fused.get(node, node))
 
     for match in matches:
         last = match.nodes[-1]

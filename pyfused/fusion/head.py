@@ -42,6 +42,15 @@ class Deferred(torch.Tensor):
         return self
 
     @classmethod
+    def of(cls, rows, weight, bias) -> Deferred:
+        """What a head returns."""
+        device = rows.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self = cls(rows, weight, bias, autocast[1] if autocast[0] and rows.dtype != torch.float64 else rows.dtype)
+        self.autocast, self.versions = autocast, _versions(rows, weight, bias)
+        return self
+
+    @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
@@ -101,11 +110,7 @@ def defer(rows, weight, bias) -> torch.Tensor:
     recorded = torch.is_grad_enabled() and plain and (rows.requires_grad or weight.requires_grad)
     if not recorded or rows.dim() < 2 or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
         return F.linear(rows, weight, bias)
-    device = rows.device.type
-    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    later = Deferred(rows, weight, bias, autocast[1] if autocast[0] and rows.dtype != torch.float64 else rows.dtype)
-    later.autocast, later.versions = autocast, _versions(rows, weight, bias)
-    return later
+    return Deferred.of(rows, weight, bias)
 
 
 # --- What may be done to the rows instead of the logits
