@@ -1,0 +1,265 @@
+"""Linear head + cross-entropy, wherever they are: the head's logits are put off until somebody looks at them.
+
+In training the head returns a `Deferred`: a tensor of the logits' shape that holds the head's input and weight. What
+leaves rows alone is done to the input instead: .float(), views that keep the classes together, slices of positions
+(the label shift of causal models), a bias added to all rows, softcap. Arriving at torch.nn.functional.cross_entropy it
+becomes one linear_cross_entropy, and the logits are never made. Anything else that touches it computes the logits,
+once, as if the head had, so nothing depends on how a model's forward is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import functional
+
+# What the shape, dtype and device of a tensor answer.
+_METADATA = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "nelement", "is_floating_point", "__len__")),
+}
+_recorders: list[list] = []  # of `probe`: what became of each Deferred
+
+
+class Deferred(torch.Tensor):
+    """linear(rows, weight, bias), perhaps softcapped, that has not been computed.
+
+    made_from: (Deferred, function, args, kwargs) that this came from; None for what a head returned.
+    cap: 0, or (divisor, None) after logits / divisor, (divisor, "tanh") after its tanh, softcap after that times it.
+    """
+
+    @staticmethod
+    def __new__(cls, rows, weight, bias, dtype, cap=0, made_from=None):
+        shape = (*rows.shape[:-1], weight.shape[0])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rows.device)
+        self.rows, self.weight, self.bias, self.cap, self.made_from = rows, weight, bias, cap, made_from
+        self.origin = made_from[0].origin if made_from else self
+        self.logits, self.seen = None, False
+        return self
+
+    @classmethod
+    def of(cls, rows, weight, bias) -> Deferred:
+        """What a head returns."""
+        device = rows.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self = cls(rows, weight, bias, autocast[1] if autocast[0] and rows.dtype != torch.float64 else rows.dtype)
+        self.autocast, self.versions = autocast, _versions(rows, weight, bias)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _METADATA:
+                return function(*args, **kwargs)
+            handle = _loss if function is F.cross_entropy else _put_off
+            if args and isinstance(args[0], Deferred) and not args[0].origin.seen:
+                result = handle(function, *args, **kwargs)
+                if result is not None:
+                    return result
+        if _recorders:
+            for x in _deferred_in((args, kwargs)):
+                _recorders[-1].append((x.origin.weight, None, getattr(function, "__name__", str(function))))
+        args, kwargs = torch.utils._pytree.tree_map_only(Deferred, Deferred.compute, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(f"pyfused: {function} was called on logits that were put off; read them once before it")
+
+    def compute(self) -> torch.Tensor:
+        """The logits, with their gradient. From now on they are the truth: whoever has them may write to them."""
+        self.origin.seen = True
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.logits is None and self.made_from is not None:
+                source, function, args, kwargs = self.made_from
+                with source.origin.context():
+                    self.logits = function(source.compute(), *args, **kwargs)
+            elif self.logits is None:
+                if self.versions != _versions(self.rows, self.weight, self.bias):
+                    raise RuntimeError(
+                        "pyfused: these logits were put off, and the head's input or weight has changed since. "
+                        "Read them before the optimizer's step, or call pyfused.unfuse(model)"
+                    )
+                with self.context():
+                    self.logits = F.linear(self.rows, self.weight, self.bias)
+            return self.logits
+
+    @contextlib.contextmanager
+    def context(self):
+        enabled, dtype = self.autocast
+        with torch.enable_grad(), torch.autocast(self.rows.device.type, dtype, enabled=enabled):
+            yield
+
+
+def _versions(*tensors):
+    return [None if x is None else x._version for x in tensors]
+
+
+def _deferred_in(tree) -> list[Deferred]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Deferred)]
+
+
+def defer(rows, weight, bias) -> torch.Tensor:
+    """The logits of a head, put off; at once where they cannot be."""
+    plain = all(x is None or type(x) in (torch.Tensor, nn.Parameter) for x in (rows, weight, bias))
+    recorded = torch.is_grad_enabled() and plain and (rows.requires_grad or weight.requires_grad)
+    if not recorded or rows.dim() < 2 or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+        return F.linear(rows, weight, bias)
+    return Deferred.of(rows, weight, bias)
+
+
+# --- What may be done to the rows instead of the logits
+def _put_off(function, x: Deferred, *args, **kwargs) -> Deferred | None:
+    name = getattr(function, "__name__", "")
+    step = _STEPS.get(name)
+    try:
+        changed = None if step is None else step(x, *args, **kwargs)
+    except TypeError:  # an overload with other arguments
+        return None
+    if changed is None or changed is x:
+        return changed
+    fields = dict(rows=x.rows, weight=x.weight, bias=x.bias, dtype=x.dtype, cap=x.cap) | changed
+    return Deferred(**fields, made_from=(x, function, args, kwargs))
+
+
+def _to(x, to, **kwargs):
+    if kwargs or to == x.dtype or to == x.device or to == str(x.device):
+        return None if kwargs else x
+    return {"dtype": to} if to == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _view(x, *shape):
+    shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    classes = x.shape[-1]
+    if not shape or not all(isinstance(n, int) for n in shape) or shape[-1] != classes or len(shape) < 2:
+        return None
+    return {"rows": x.rows.reshape(*shape[:-1], x.rows.shape[-1])}
+
+
+def _flatten(x, start_dim=0, end_dim=-1):
+    if end_dim % x.dim() == x.dim() - 1 or start_dim < 0:
+        return None
+    return {"rows": x.rows.flatten(start_dim, end_dim)}
+
+
+def _slice(x, index):
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(i, (int, slice)) or i is Ellipsis for i in index) or any(isinstance(i, bool) for i in index):
+        return None
+    whole = slice(None)
+    touches_classes = Ellipsis in index or len(index) == x.dim()
+    if touches_classes and index[-1] != whole and index[-1] is not Ellipsis:
+        return None
+    rows = x.rows[index]
+    return {"rows": rows} if rows.dim() else None
+
+
+def _add(x, other, **kwargs):
+    if kwargs or x.cap or not isinstance(other, torch.Tensor) or other.numel() != x.shape[-1]:
+        return None
+    if other.dim() > x.dim() or other.dtype != x.rows.dtype or other.shape[-1] != x.shape[-1] or x.dtype != other.dtype:
+        return None
+    bias = other.reshape(-1)
+    return {"bias": bias if x.bias is None else x.bias + bias}
+
+
+def _divide(x, by):
+    return {"cap": (by, None)} if not x.cap and isinstance(by, (int, float)) and by > 0 else None
+
+
+def _tanh(x):
+    return {"cap": (x.cap[0], "tanh")} if isinstance(x.cap, tuple) and x.cap[1] is None else None
+
+
+def _multiply(x, by):
+    return {"cap": by} if isinstance(x.cap, tuple) and x.cap == (by, "tanh") else None
+
+
+_STEPS = {
+    "float": lambda x: _to(x, torch.float32), "to": _to, "contiguous": lambda x: x,
+    "view": _view, "reshape": _view, "flatten": _flatten, "__getitem__": _slice,
+    "add": _add, "__add__": _add, "div": _divide, "__truediv__": _divide, "true_divide": _divide, "tanh": _tanh,
+    "mul": _multiply, "__mul__": _multiply, "__rmul__": _multiply,
+}  # fmt: skip
+
+
+def eager_loss(given: tuple, options: dict, widened: bool) -> torch.Tensor:
+    """What the fused loss replaces."""
+    rows, weight, target = given
+    logits = F.linear(rows, weight, options["linear_bias"])
+    if options["softcap"]:
+        logits = torch.tanh(logits / options["softcap"]) * options["softcap"]
+    index = -100 if options["ignore_index"] is None else options["ignore_index"]
+    return F.cross_entropy(
+        logits.float() if widened else logits, target, options["weight"], ignore_index=index,
+        reduction=options["reduction"], label_smoothing=options["label_smoothing"],
+    )  # fmt: skip
+
+
+def fused_loss(given: tuple, options: dict, widened: bool) -> torch.Tensor:
+    """widened: the logits are float32 by .float(). Under autocast losses are float32, which is the same."""
+    if not widened:
+        return functional.linear_cross_entropy(*given, **options)
+    with torch.autocast(given[0].device.type, given[0].dtype):
+        return functional.linear_cross_entropy(*given, **options)
+
+
+def _loss(
+    function,
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    """The loss without the logits; None where it needs them."""
+    if isinstance(input.cap, tuple) or input.dim() != 2 or isinstance(target, Deferred):
+        return None
+    if size_average is not None or reduce is not None or (target.is_floating_point() and ignore_index != -100):
+        return None
+    given = (input.rows, input.weight, target)
+    options = {
+        **{"linear_bias": input.bias, "weight": weight, "reduction": reduction, "label_smoothing": label_smoothing},
+        **{"ignore_index": None if target.is_floating_point() else ignore_index, "softcap": input.cap or None},
+    }
+    widened = input.dtype == torch.float32 and input.rows.dtype in (torch.bfloat16, torch.float16)
+    if _recorders:
+        _recorders[-1].append((input.weight, (given, options, widened), "cross_entropy"))
+    enabled, dtype = input.origin.autocast
+    if enabled and not widened:
+        with torch.autocast(input.device.type, dtype):
+            return fused_loss(given, options, widened)
+    return fused_loss(given, options, widened)
+
+
+class HeadPlan:
+    """What a head does instead of nn.Linear.forward: in training its logits are put off."""
+
+    base = nn.Linear
+    code = "forward is one line"  # nothing to compile after unpickling
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+        if not module.training or kwargs or len(args) != 1:
+            return nn.Linear.forward(module, *args, **kwargs)
+        return defer(args[0], module.weight, module.bias)
+
+    def __deepcopy__(self, memo) -> HeadPlan:
+        return self
+
+
+@contextlib.contextmanager
+def fates():
+    """Collects what becomes of every Deferred: (weight, None or the loss' arguments, name of the function)."""
+    _recorders.append([])
+    try:
+        yield _recorders[-1]
+    finally:
+        _recorders.pop()

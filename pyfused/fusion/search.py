@@ -1,0 +1,217 @@
+"""The steps of pyfused.fuse: run the model, trace its modules, measure what was found, install what wins, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from . import head, measure
+from .candidate import Candidate, RecordPlan, of_match
+from .graph import Match, distinct, hooked
+from .report import Report, Row
+from .trace import CannotTrace, Plan, calls_of, graph_of, install, matches_in, uninstall
+from .verify import compare, restore, results, state_of, tolerance
+
+
+class Search:
+    """One run of `fuse`: find, judge, install, verify."""
+
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict, training: bool, report: Report):
+        self.model, self.args, self.kwargs, self.training, self.report = model, args, kwargs, training, report
+        self.modules = dict(model.named_modules())
+        self.plans: dict[str, RecordPlan] = {}
+        self.refusals: dict[str, str] = {}  # why a module's forward is no graph
+
+    def results(self, training: bool) -> dict:
+        return results(self.model, self.args, self.kwargs, training)
+
+    def run(self, verify: bool) -> None:
+        with calls_of(self.modules.values()) as calls:
+            before = self.results(self.training)
+        before_eval = self._in_eval() if verify and self.training else {}
+        for path, module in self.modules.items():
+            self._trace(path, module, calls.get(module))
+        heads = self._heads() if self.training else {}
+        keep = self._judge()
+        self._explain_convolutions(calls)
+        self._install(keep, heads)
+        order = {path: i for i, path in enumerate(self.modules)}
+        self.report.rows.sort(key=lambda row: order.get(row.place.partition(",")[0], len(order)))
+        if verify and self.report.fused:
+            self._verify(before, before_eval)
+
+    def _in_eval(self) -> dict:
+        flags = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            return self.results(False)
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+
+    # --- Finding
+    def _trace(self, path: str, module: nn.Module, signature) -> None:
+        looked_into = type(module) is nn.Sequential and not hooked(module) and path and self._plan_above(path)
+        if looked_into or not _promising(module) or signature is None:
+            return
+        try:
+            if isinstance(signature, str):
+                raise CannotTrace(signature)
+            graph = graph_of(module, type(module), signature)
+        except CannotTrace as error:
+            self.refusals[path] = str(error)
+            return
+        matches = []
+        for found in matches_in(graph, module):
+            if isinstance(found, Match):
+                matches.append(found)
+            else:
+                self.report.rows.append(Row(_join(path, found.place), found.pattern, reason=found.reason))
+        self.plans[path] = RecordPlan(type(module), signature, graph, distinct(matches))
+
+    def _plan_above(self, path: str) -> bool:
+        """Whether the graph of the module that holds this plain Sequential shows what is in it."""
+        above = path.rpartition(".")[0]
+        while above and type(self.modules[above]) is nn.Sequential and above not in self.plans:
+            above = above.rpartition(".")[0]
+        return above in self.plans
+
+    def _heads(self) -> dict[str, nn.Module]:
+        """Linear layers whose outputs go to cross_entropy and nowhere else; those that win are returned."""
+        linears = {p: m for p, m in self.modules.items() if type(m) is nn.Linear and not hooked(m)}
+        state = state_of(self.model)
+        for module in linears.values():
+            install(module, head.HeadPlan())
+        try:
+            with head.fates() as fates:
+                self.model(*self.args, **self.kwargs)
+        except Exception as error:
+            self.report.notes.append(f"Heads were not looked for: {type(error).__name__}: {error}")
+            return {}
+        finally:
+            uninstall(linears.values())
+            restore(self.model, state)
+        won = {}
+        for path, module in linears.items():
+            mine = [(loss, name) for weight, loss, name in fates if weight is module.weight]
+            row = _judge_head(path, mine, self.training)
+            if row is not None:
+                self.report.rows.append(row)
+                if row.fused:
+                    won[path] = module
+        return won
+
+    def _judge(self) -> dict[str, set[str]]:
+        """Run the model once more to see each match's inputs; {module's path: keys of the matches that win}."""
+        state = state_of(self.model)
+        recorded = {path: plan for path, plan in self.plans.items() if plan.matches}
+        for path, plan in recorded.items():
+            install(self.modules[path], plan)
+        try:
+            with torch.set_grad_enabled(self.training):
+                self.model(*self.args, **self.kwargs)
+        finally:
+            uninstall(self.modules[path] for path in recorded)
+            restore(self.model, state)
+        keep = {}
+        for path, plan in recorded.items():
+            for match in plan.matches:
+                candidate = of_match(match, self.modules[path], path, plan.found[match.key])
+                row = candidate.judge(self.training)
+                self.report.rows.append(row)
+                if row.fused:
+                    keep.setdefault(path, set()).add(match.key)
+        return keep
+
+    def _explain_convolutions(self, calls: dict) -> None:
+        """A row for every Conv2d that no graph shows."""
+        shown = {row.place for row in self.report.rows}
+        for path, module in self.modules.items():
+            if "Conv2d" not in type(module).__name__ or path in shown or not path:
+                continue
+            above = path.rpartition(".")[0]
+            reason = self.refusals.get(above)
+            if reason is not None:
+                reason = f"the forward of {above or 'the model'} is not one graph: {reason}"
+            elif not isinstance(module, nn.Conv2d):
+                reason = f"{type(module).__module__}.{type(module).__name__} is not torch.nn.Conv2d"
+            elif module not in calls:
+                reason = "it is not called with these inputs"
+            else:
+                reason = f"it is not called by the forward of {above or 'the model'}"
+            self.report.rows.append(Row(path, "conv2d + relu", reason=reason))
+
+    # --- Doing
+    def _install(self, keep: dict[str, set[str]], heads: dict[str, nn.Module]) -> None:
+        flags = (True, False) if self.training else (False,)
+        for path, keys in keep.items():
+            plan = Plan(type(self.modules[path]), self.plans[path].signature, flags, frozenset(keys))
+            plan.compile(self.modules[path])
+            install(self.modules[path], plan)
+        for module in heads.values():
+            install(module, head.HeadPlan())
+
+    def _verify(self, before: dict, before_eval: dict) -> None:
+        allowed = tolerance(self.model, before)
+        try:
+            worst = compare(before, self.results(self.training))
+            if before_eval:
+                worst = max(worst, compare(before_eval, self._in_eval()))
+            problem = (
+                None if worst[0] <= allowed else f"{worst[1]} differed by {worst[0]:.1e}, {allowed:.0e} is allowed"
+            )
+            self.report.error = worst[0]
+        except Exception as error:
+            problem = f"the fused model raised {type(error).__name__}: {error}"
+        if problem:
+            uninstall(self.modules.values())
+            for row in self.report.fused:
+                row.reason = "undone: the whole model did not pass verification"
+            self.report.notes.append(f"Everything was undone: {problem}.")
+
+
+def _promising(module: nn.Module) -> bool:
+    """Whether its own forward may hold a pattern; tracing runs foreign code, so no more of it than need be."""
+    if type(module) is nn.CrossEntropyLoss:
+        return True
+    if type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential:
+        return False
+    children = list(_near_children(module))
+    if any(isinstance(c, nn.Conv2d) for c in children) or sum(isinstance(c, nn.Embedding) for c in children) > 1:
+        return True
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and not {"cross_entropy", "conv2d", "embedding"}.isdisjoint(code.co_names)
+
+
+def _near_children(module: nn.Module):
+    """Children, and what is in those that are only lists."""
+    for child in module.children():
+        yield child
+        if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            yield from _near_children(child)
+
+
+def _judge_head(path: str, fates: list, training: bool) -> Row | None:
+    row = Row(path, "linear + cross_entropy")
+    losses = [loss for loss, _ in fates if loss is not None]
+    elsewhere = [name for loss, name in fates if loss is None]
+    if not losses:
+        row.reason = "its output goes to log_softmax, not to cross_entropy"
+        return row if "log_softmax" in elsewhere else None
+    if elsewhere:
+        row.reason = f"the logits are needed all the same: {elsewhere[0]} reads them"
+        return row
+    given, options, widened = losses[0]
+    given = [x.detach().requires_grad_(x.requires_grad) for x in given]
+    needed = [x for x in (*given, options["linear_bias"]) if x is not None and x.requires_grad]
+    key = f"linear + cross_entropy: {measure.describe(*given, *options.values(), widened)}"
+    calls: list[Callable] = [
+        lambda loss=loss: loss(given, options, widened) for loss in (head.eager_loss, head.fused_loss)
+    ]
+    return Candidate(row, key, *calls, needed).judge(training)
+
+
+def _join(path: str, place: str) -> str:
+    return ".".join(filter(None, (path, place)))

@@ -1,0 +1,117 @@
+"""The whole model before and after: outputs, gradients of all parameters, and buffers; nothing of it stays behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+# Largest difference allowed of any output or gradient: root mean square, relative to that of the tensor itself, or to
+# a hundredth of that of all gradients for one that is zero but for rounding (a bias before BatchNorm).
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@contextmanager
+def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within it the model is in this mode; training flags, buffers and random states are restored at the end.
+
+    A model that is in training mode keeps the flags of its parts, some of which may be frozen.
+    """
+    flags = {module: module.training for module in model.modules()}
+    if model.training != training:
+        model.train(training)
+    before = state_of(model)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+        restore(model, before)
+
+
+def state_of(model: nn.Module) -> tuple:
+    devices = [torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    buffers = {name: None if b is None else b.clone() for name, b in model.named_buffers()}
+    return buffers, torch.get_rng_state(), devices, random.getstate()
+
+
+def restore(model: nn.Module, state: tuple) -> None:
+    buffers, cpu, devices, python = state
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    torch.set_rng_state(cpu)
+    for states in devices:
+        torch.cuda.set_rng_state_all(states)
+    random.setstate(python)
+
+
+def results(model: nn.Module, args: tuple, kwargs: dict, training: bool) -> dict[str, torch.Tensor]:
+    """Every output tensor; in training also every parameter's gradient, and every buffer as the call leaves it.
+
+    The gradients are those of the loss, if scalars that can be differentiated are among the outputs, else of a random
+    combination of all outputs.
+    """
+    state = state_of(model)
+    found = {}
+    with torch.set_grad_enabled(training):
+        leaves = [x for x in tree_leaves(_plain(model(*args, **kwargs))) if isinstance(x, torch.Tensor)]
+        if training:
+            found |= _gradients(model, leaves)
+    found |= {f"output {i}": x.detach() for i, x in enumerate(leaves)}
+    found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    restore(model, state)
+    return found
+
+
+def _plain(output):
+    """Dataclasses, such as outputs of other libraries, as dictionaries."""
+    return vars(output) if hasattr(output, "__dataclass_fields__") else output
+
+
+def _gradients(model: nn.Module, leaves: list) -> dict[str, torch.Tensor]:
+    differentiable = [x for x in leaves if x.requires_grad]
+    scalars = [x for x in differentiable if x.numel() == 1]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not differentiable or not parameters:
+        return {}
+    g, total = torch.Generator().manual_seed(0), 0
+    for x in scalars or differentiable:
+        total = total + (x * torch.randn(x.shape, generator=g).to(x)).sum()
+    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {f"gradient of {name}": d for name, d in zip(parameters, grads) if d is not None}
+
+
+def compare(before: dict, after: dict) -> tuple[float, str]:
+    """(largest difference, the name of what differs most)."""
+    dense = [{k: (x.to_dense() if x.is_sparse else x).double() for k, x in r.items()} for r in (before, after)]
+    if before.keys() != after.keys():
+        return float("inf"), ", ".join(before.keys() ^ after.keys())
+    grads = [x for k, x in dense[0].items() if k.startswith("gradient")]
+    usual = _rms(torch.cat([x.flatten() for x in grads])) if grads else 0.0
+    worst = (0.0, "")
+    for name, expected in dense[0].items():
+        got = dense[1][name]
+        if got.shape != expected.shape or not torch.equal(got.isfinite(), expected.isfinite()):
+            return float("inf"), name
+        floor = 1e-2 * usual if name.startswith("gradient") else 0.0
+        off = _rms((got - expected)[expected.isfinite()])
+        worst = max(worst, (off / max(_rms(expected[expected.isfinite()]), floor, 1e-30) if off else 0.0, name))
+    return worst
+
+
+def _rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def tolerance(model: nn.Module, outputs: dict) -> float:
+    """Of the least exact dtype that the model computes in."""
+    dtypes = {p.dtype for p in model.parameters()} | {x.dtype for x in outputs.values()}
+    for device in {p.device.type for p in model.parameters()} or {"cpu"}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float32])

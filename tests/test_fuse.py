@@ -1,0 +1,467 @@
+"""pyfused.fuse: the model computes what it did, is what it was, and every decision is told."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES, Block, LanguageModel, ResNet, loss_of
+from torch import nn
+
+import pyfused
+from pyfused.fusion import head, losses, measure
+from pyfused.fusion.trace import install
+
+pytestmark = pytest.mark.usefixtures("fused_wins")
+
+
+def fused(model, example, **options):
+    return pyfused.fuse(model, example, verbose=False, **options)
+
+
+def rows(model):
+    return {row.place: row for row in pyfused.fuse_report(model).rows}
+
+
+def steps(model, example, count=3):
+    """Losses and gradients of `count` optimizer steps."""
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), []
+    for step in range(count):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        loss = loss_of(model(*example))
+        loss.backward()
+        found.append(
+            {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        )
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_training_is_the_same(architecture):
+    """Three steps against float64: losses and every gradient as good as the unfused model's."""
+    torch.manual_seed(0)
+    eager = architecture.make()
+    swapped, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
+    example, example64 = architecture.example(torch.float32), architecture.example(torch.float64)
+    fused(swapped, example)
+    assert sorted(r.pattern for r in pyfused.fuse_report(swapped).fused) == sorted(architecture.patterns)
+    for e, s, truth in zip(steps(eager, example), steps(swapped, example), steps(exact, example64)):
+        usual = max(t.abs().max().item() for t in truth.values())
+        for name, t in truth.items():
+            eager_error, fused_error = ((x[name].double() - t).abs().max().item() for x in (e, s))
+            # 1e-4: what a Winograd layer may lose and later steps and layers amplify.
+            allowed = 4 * eager_error + 1e-4 * t.abs().max().item() + 1e-6 * usual
+            assert fused_error <= allowed, f"{name}: {fused_error:.1e}, eager {eager_error:.1e}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_inference_is_the_same(architecture):
+    torch.manual_seed(0)
+    model = architecture.make().eval()
+    example = architecture.example(torch.float32)
+    with torch.no_grad():
+        expected = model(*example)
+        fused(model, example, mode="inference")
+        got = model(*example)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert pyfused.fuse_report(model).error is not None or not pyfused.fuse_report(model).fused
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_the_model_stays_what_it_is(architecture):
+    torch.manual_seed(0)
+    model = architecture.make()
+    example = architecture.example(torch.float32)
+    before = {name: (id(p), p.clone()) for name, p in [*model.named_parameters(), *model.named_buffers()]}
+    keys, kind, random = list(model.state_dict()), type(model), torch.get_rng_state()
+    flags = [m.training for m in model.modules()]
+    assert fused(model, example) is model
+    assert list(model.state_dict()) == keys
+    assert isinstance(model, kind) and repr(model) == repr(pyfused.unfuse(copy.deepcopy(model)))
+    assert flags == [m.training for m in model.modules()]
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(p.grad is None and not m._forward_pre_hooks for m in model.modules() for p in m.parameters())
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        assert before[name][0] == id(p) and torch.equal(before[name][1], p)
+    pyfused.unfuse(model)
+    assert type(model) is kind and all("pyfused" not in repr(type(m).__mro__) for m in model.modules())
+    with pytest.raises(ValueError, match="has not been fused"):
+        pyfused.fuse_report(model)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_copies_are_fused_too(architecture, how):
+    torch.manual_seed(0)
+    model = architecture.make()
+    example = architecture.example(torch.float32)
+    fused(model, example)
+    twin = how(model)
+    assert [type(m)._pyfused_base for m in twin.modules() if hasattr(m, "_pyfused_plan")]
+    assert all(a is not b for a, b in zip(model.parameters(), twin.parameters()))
+    for a, b in zip(steps(model, example, 1), steps(twin, example, 1)):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    pyfused.unfuse(twin)
+    assert type(twin) is type(pyfused.unfuse(model))
+
+
+# --- Decisions
+def test_only_winners_are_kept(monkeypatch):
+    monkeypatch.setattr(measure, "seconds", lambda eager, fused: [1.0, 0.99])
+    model = ARCHITECTURES[1].make()
+    fused(model, ARCHITECTURES[1].example(torch.float32))
+    report = pyfused.fuse_report(model)
+    assert not report.fused and len(report.rows) == 3
+    assert all("not faster here: 1.01" in row.reason for row in report.rows)
+    assert type(model) is nn.Sequential
+
+
+def test_training_decides_in_train_mode(monkeypatch):
+    answers = iter([[3.0, 1.0], [1.0, 2.0]])  # forward wins, forward + backward loses
+    monkeypatch.setattr(measure, "seconds", lambda eager, fused: next(answers))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    fused(model, torch.randn(2, 3, 8, 8))
+    (row,) = pyfused.fuse_report(model).rows
+    assert (row.forward, row.training, row.fused) == (3.0, 0.5, False)
+
+
+def test_nothing_is_timed_twice(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "seconds", lambda eager, fused: calls.append(1) or [2.0, 1.0])
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    fused(model, x)
+    fused(model, x)
+    assert len(calls) == 2  # forward, and forward + backward
+    fused(model, torch.randn(2, 3, 8, 9))
+    assert len(calls) == 4
+    monkeypatch.setattr(measure, "_processor", lambda: "another one")
+    fused(model, x)
+    assert len(calls) == 6
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a folder")
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    fused(model, x)
+    assert pyfused.fuse_report(model).fused
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measure.cache_file().parent.mkdir()
+    measure.cache_file().write_text("{half a file")
+    fused(model, x)
+    assert pyfused.fuse_report(model).fused and measure._read()
+
+
+def test_verification_undoes_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(losses.functional, "cross_entropy", lambda input, *a: input.square().mean())
+    model = LossInside()
+    fused(model, (torch.randn(4, 6), torch.tensor([0, 1, 2, 3])))
+    report = pyfused.fuse_report(model)
+    assert not report.fused and "Everything was undone: " in report.notes[-1] and type(model) is LossInside
+    assert "did not pass verification" in str(report)
+
+
+class LossInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x, y):
+        return F.cross_entropy(x * self.scale, y)
+
+
+# --- Reasons
+def conv(*args, **kwargs):
+    return nn.Conv2d(3, 4, 3, *args, **kwargs)
+
+
+class Custom(nn.Conv2d):
+    pass
+
+
+def with_hook():
+    module = conv()
+    module.register_forward_hook(lambda *a: None)
+    return module
+
+
+def functional(body):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, x):
+            return body(self, x)
+
+    return Functional
+
+
+def remembers(self, x):
+    self.last = x
+    return F.relu(self.conv(x))
+
+
+REASONS = {
+    "no relu": (lambda: nn.Sequential(conv(), nn.Sigmoid()), "Sigmoid follows, not ReLU"),
+    "returned": (lambda: nn.Sequential(conv()), "its output is what the module returns"),
+    "subclass": (lambda: nn.Sequential(Custom(3, 4, 3), nn.ReLU()), "Custom is a subclass of Conv2d"),
+    "padding mode": (lambda: nn.Sequential(conv(padding=1, padding_mode="circular"), nn.ReLU()), "padding_mode is"),
+    "hook": (lambda: nn.Sequential(with_hook(), nn.ReLU()), "the Conv2d has hooks"),
+    "weight_norm": (lambda: nn.Sequential(nn.utils.weight_norm(conv()), nn.ReLU()), "the Conv2d has hooks"),
+    "parametrised": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(conv()), nn.ReLU()),
+        "the Conv2d is parametrised",
+    ),
+    "batch norm": (lambda: nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()), "BatchNorm2d stands before the ReLU"),
+    "pool indices": (
+        functional(lambda self, x: F.max_pool2d(self.conv(x), 2, return_indices=True)[0].relu()),
+        "follows, not ReLU",
+    ),
+    "padded pool": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2, padding=1), nn.ReLU()), "MaxPool2d has padding=1"),
+    "ceil": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2, ceil_mode=True), nn.ReLU()), "MaxPool2d has ceil_mode=True"),
+    "dilated pool": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2, dilation=2), nn.ReLU()), "MaxPool2d has dilation=2"),
+    "used twice": (functional(lambda self, x: (lambda y: F.relu(y) + y)(self.conv(x))), "used in several places"),
+    "inplace afterwards": (functional(lambda self, x: (lambda y: (F.relu_(y), y)[1])(self.conv(x))), "several places"),
+    "after addition": (functional(lambda self, x: F.relu(self.conv(x) + 1)), "add follows, not ReLU"),
+    "control flow": (functional(lambda self, x: F.relu(self.conv(x)) if x.sum() > 0 else x), "is not one graph"),
+    "loop": (functional(lambda self, x: F.relu(next(self.conv(y) for y in x.unsqueeze(0)))), "is not one graph"),
+    "attribute": (functional(remembers), "it changes or makes attributes: last"),
+    "unused": (functional(lambda self, x: x), "it is not called with these inputs"),
+}
+
+
+@pytest.mark.parametrize("make, reason", REASONS.values(), ids=REASONS)
+def test_reasons(make, reason):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(2, 3, 8, 8).abs()
+    model.register_parameter("one", nn.Parameter(torch.ones(())))
+    expected = model(x)
+    attributes = set(vars(model))
+    fused(model, x)
+    (row,) = pyfused.fuse_report(model).rows
+    assert reason in row.reason
+    assert set(vars(model)) - attributes == {"_pyfused_report"}
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_pool_that_cannot_join_is_left_behind_the_fused_call():
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1))
+    fused(model, torch.randn(2, 3, 8, 8))
+    (row,) = pyfused.fuse_report(model).rows
+    assert row.pattern == "conv2d + relu" and row.fused and row.note == "MaxPool2d has padding=1"
+
+
+def test_quantised_convolutions_are_named():
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("this build of PyTorch has no quantised engine")
+    model = nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 4, 3), nn.ReLU())
+    x = torch.quantize_per_tensor(torch.randn(2, 3, 8, 8), 0.1, 0, torch.quint8)
+    fused(model, x, mode="inference")
+    (row,) = pyfused.fuse_report(model).rows
+    assert "is not torch.nn.Conv2d" in row.reason
+
+
+def test_uninitialised_models_are_left_alone():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU())
+    fused(model, torch.randn(2, 3, 8, 8))
+    assert "uninitialised" in pyfused.fuse_report(model).notes[0] and type(model[0]) is nn.LazyConv2d
+
+
+# --- What the trace took for granted is checked at each call
+def test_hooks_of_later_run():
+    model, x, seen = nn.Sequential(conv(), nn.ReLU()), torch.randn(2, 3, 8, 8), []
+    fused(model, x)
+    handle = model[0].register_forward_hook(lambda *a: seen.append(1))
+    model(x)
+    handle.remove()
+    model(x)
+    assert len(seen) == 1
+
+
+def test_parametrizations_of_later_count():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(conv(), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    fused(model, x)
+    nn.utils.parametrizations.spectral_norm(model[0])
+    model.eval()
+    torch.testing.assert_close(model(x), F.relu(F.conv2d(x, model[0].weight, model[0].bias)))
+
+
+def test_training_flags_count():
+    """Dropout by flag, and BatchNorm that is back in training."""
+    torch.manual_seed(0)
+    architecture = ARCHITECTURES[0]
+    model, (x,) = architecture.make(), architecture.example(torch.float32)
+    fused(model, x)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model = Block(4, norm=True).eval()
+    plain, x = copy.deepcopy(model), torch.randn(2, 4, 8, 8)
+    fused(model, x, mode="inference")
+    assert pyfused.fuse_report(model).fused
+    for m in (model, plain):
+        m.train()
+    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(model.bn1.running_var, plain.bn1.running_var)
+
+
+def test_other_arguments_run_the_models_own_code():
+    model = ARCHITECTURES[9].make()
+    user, item, target = ARCHITECTURES[9].example()
+    fused(model, (user, item, target))
+    plain = pyfused.unfuse(copy.deepcopy(model))
+    for args, kwargs in (((user, item), {}), ((user, item[:, 0]), {}), ((user,), {"item": item, "target": target})):
+        torch.testing.assert_close(model(*args, **kwargs), plain(*args, **kwargs))
+
+
+def test_other_shapes_of_embeddings_are_as_eager():
+    """sum(1) is not over the last dimension for ids [B, L], and ids that broadcast are no pairs."""
+    model = ARCHITECTURES[8].make()
+    user, item = ARCHITECTURES[8].example()
+    fused(model, (user, item))
+    plain = pyfused.unfuse(copy.deepcopy(model))
+    torch.testing.assert_close(model(user[:1], item), plain(user[:1], item))
+
+
+def test_folded_batch_norm_follows_its_tensors():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    fused(model, x, mode="inference")
+    assert pyfused.fuse_report(model).fused
+    with torch.no_grad():
+        first = model(x)
+        model[1].running_mean.add_(1)
+        assert not torch.equal(model(x), first)
+        model.load_state_dict({k: v.clone() + 0.1 for k, v in model.state_dict().items()})
+        torch.testing.assert_close(model(x), pyfused.unfuse(copy.deepcopy(model))(x))
+        model[0].weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+        torch.testing.assert_close(model(x), pyfused.unfuse(copy.deepcopy(model))(x))
+    model(x).sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    pyfused.unfuse(model)(x).sum().backward()
+    for a, b in zip(got, model.parameters()):
+        torch.testing.assert_close(a, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_without_example_the_first_call_is_one():
+    model, x = nn.Sequential(conv(), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    assert fused(model, None) is model and type(model) is nn.Sequential
+    torch.testing.assert_close(model(x), expected)
+    assert pyfused.fuse_report(model).fused and not model._forward_pre_hooks
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modes():
+    with pytest.raises(ValueError, match="mode must be"):
+        pyfused.fuse(nn.ReLU(), torch.randn(1), mode="eval")
+    model = nn.Sequential(conv(), nn.ReLU()).eval()  # training is asked for, so it is what is measured
+    fused(model, torch.randn(2, 3, 8, 8))
+    assert not model.training and pyfused.fuse_report(model).rows[0].training == 2.0
+
+
+def test_the_report_prints(capsys):
+    torch.manual_seed(0)
+    pyfused.fuse(ResNet(True), torch.randn(2, 3, 32, 32))
+    assert "candidates fused" in capsys.readouterr().out
+
+
+# --- Heads
+def test_logits_that_were_put_off_can_be_read():
+    torch.manual_seed(0)
+    model = LanguageModel()
+    tokens, labels = torch.randint(40, (3, 7)), torch.randint(40, (3, 7))
+    fused(model, (tokens, labels))
+    plain = pyfused.unfuse(copy.deepcopy(model))
+    out, expected = model(tokens, labels), plain(tokens, labels)
+    assert type(out["logits"]).__name__ == "Deferred" and out["logits"].shape == (3, 7, 40)
+    torch.testing.assert_close(out["logits"] * 2, expected["logits"] * 2)
+    torch.testing.assert_close(out["loss"], expected["loss"])
+    (out["loss"] + out["logits"].square().mean()).backward()
+    (expected["loss"] + expected["logits"].square().mean()).backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert type(model(tokens, labels)["logits"]) is torch.Tensor
+    assert type(model.eval()(tokens, labels)["logits"]) is torch.Tensor
+
+
+def test_logits_that_were_put_off_are_not_read_after_a_step():
+    model = LanguageModel()
+    tokens = torch.randint(40, (3, 7))
+    fused(model, (tokens, tokens))
+    out = model(tokens, tokens)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with pytest.raises(RuntimeError, match="were put off, and the head's input or weight has changed"):
+        out["logits"].sum()
+
+
+class Head(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.head, self.between = nn.Linear(8, 12), between
+
+    def forward(self, x, y):
+        return F.cross_entropy(self.between(self.head(x)), y.flatten())
+
+
+BETWEEN = {
+    "nothing": (lambda z: z, True),
+    "softcap": (lambda z: torch.tanh(z / 5.0) * 5.0, True),
+    "other caps": (lambda z: torch.tanh(z / 5.0) * 4.0, False),
+    "bias": (lambda z: z + torch.linspace(0, 1, 12).view(1, 12), True),
+    "bias per row": (lambda z: z + torch.linspace(0, 1, 12 * 6).view(6, 12), False),
+    "flatten": (lambda z: z.view(2, 3, 12).flatten(0, 1), True),
+    "slice": (lambda z: z[:, :], True),
+    "temperature": (lambda z: z / 5.0, False),
+    "write": (lambda z: (z.__setitem__((slice(None), 0), 0.0), z)[1], False),
+    "mask": (lambda z: z.masked_fill(z > 1, 0), False),
+    "double": (lambda z: z.double(), False),
+    "transposed": (lambda z: z.t().contiguous().t(), False),
+}
+
+
+@pytest.mark.parametrize("between, fusable", BETWEEN.values(), ids=BETWEEN)
+def test_between_head_and_loss(between, fusable):
+    torch.manual_seed(0)
+    model, x, y = Head(between), torch.randn(6, 8), torch.randint(12, (6,))
+    plain = copy.deepcopy(model)
+    fused(model, (x, y))
+    assert ("head" in rows(model)) == fusable
+    install(model.head, head.HeadPlan())  # also where fuse would not
+    for m in (model, plain):
+        m(x, y).backward()
+    torch.testing.assert_close(model(x, y), plain(x, y))
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["model", "autocast", "autocast, logits.float()"])
+def test_low_precision_heads(dtype, how):
+    """The loss has the dtype and the precision that the unfused model gives it."""
+    torch.manual_seed(0)
+    model = Head((lambda z: z.float()) if how != "autocast" else lambda z: z)
+    x, y = torch.randn(6, 8), torch.randint(12, (6,))
+    if how == "model":
+        model, x = model.to(dtype), x.to(dtype)
+    plain = copy.deepcopy(model)
+    with torch.autocast("cpu", dtype, enabled=how != "model"):
+        fused(model, (x, y))
+        assert rows(model)["head"].fused
+        got, expected = model(x, y), plain(x, y)
+    assert got.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    got.backward()
+    expected.backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=3e-2, atol=3e-3)
