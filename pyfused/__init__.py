@@ -3,11 +3,8 @@
 from . import backends as _backends  # noqa: F401  (fills the dispatch table)
 from . import functional, nn, optim
 from .dispatch import available_backends, explain, ops, use_backend
-<<<<<<< HEAD
 from .errors import check_errors
-=======
 from .fusion import fuse, fuse_report, unfuse
->>>>>>> fuse
 from .memory import empty_cache, set_cache_limit
 from .ops.conv2d_relu import set_conv_algorithm
 
