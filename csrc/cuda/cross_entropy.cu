@@ -226,7 +226,7 @@ Status cross_entropy(View loss, View lse, View stats, View total, View workspace
                      Stream stream) {
   PYFUSED_TRY(check(loss, lse, stats, total, input, target, weight, reduction));
   PYFUSED_REQUIRE(workspace.dtype == DType::f64 && workspace.contiguous() && workspace.numel() >= 1 + 2 * kMaxBlocks,
-                  "workspace", "must be 8193 contiguous float64 numbers");
+                  "workspace", "must be 2 contiguous float64 numbers per block and a counter");
   return for_dtype(input.dtype, [&](auto type) {
     using C = compute_t<decltype(type)>;
     const auto p = problem_of<decltype(type)>(input, target, weight, stats, reduction, ignore_index, label_smoothing,

@@ -8,8 +8,13 @@ namespace cuda {
 
 enum Reduction { none, mean, sum };
 constexpr int kBlock = 256;  // threads, where a block serves several rows
-// More blocks than this take several rows or groups of rows each: bounds the sums that the last block adds.
+// More blocks than this take several rows or groups of rows each: bounds the sums that the last block adds. So few in
+// the emulation that its small cases get there.
+#ifdef PYFUSED_CUDA_EMULATION
+constexpr int kMaxBlocks = 3;
+#else
 constexpr int kMaxBlocks = 4096;
+#endif
 // Blocks of 512 threads that a multiprocessor must hold at once: bounds the registers, to 64 or 128 a thread.
 template <class C, bool SOFT>
 constexpr int kBlocksAtOnce = SOFT || sizeof(C) == 8 ? 1 : 2;
