@@ -23,6 +23,7 @@ import pyfused.functional as PF
 import pyfused.nn as pnn
 
 from .harness import Contender, step
+from .peers import PEERS
 
 Builders = dict[str, Callable[[], Contender]]
 
@@ -164,10 +165,12 @@ class CrossEntropy(Case):
             return step(function, [(logits, target)], [logits], direction)
 
         eager, fused = (partial(f, label_smoothing=self.label_smoothing) for f in (F.cross_entropy, PF.cross_entropy))
+        plain = logits.is_cuda and logits.dim() == 2 and not self.soft and not self.label_smoothing
         return {
             "eager": lambda: contender(eager),
             "compile": lambda: contender(torch.compile(eager)),
             "pyfused": lambda: contender(fused),
+            **{name: lambda f=f: contender(f) for name, f in PEERS[self.op].items() if plain},
         }
 
 
@@ -219,6 +222,7 @@ class LinearCrossEntropy(Case):
             "compile": lambda: contender(torch.compile(eager)),
             "torch chunked": lambda: contender(chunked),
             "pyfused": lambda: contender(PF.linear_cross_entropy),
+            **{name: lambda f=f: contender(f) for name, f in PEERS[self.op].items() if x.is_cuda},
         }
 
 

@@ -67,7 +67,7 @@ def _logits(input, linear_weight, linear_bias, out):
 def _denominator(target, weight, ignore_index, dtype):
     """The weights of the rows that count, summed; labels out of range are left to the kernel that names them."""
     if target.is_floating_point():
-        return torch.tensor(len(target), dtype=dtype, device=target.device)
+        return target.new_full((), len(target), dtype=dtype)  # unlike torch.tensor, without waiting for a GPU
     counted = target != ignore_index
     if weight is None:
         return counted.sum(dtype=dtype)

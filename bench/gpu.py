@@ -1,0 +1,91 @@
+"""The benchmark on a GPU: python -m bench.gpu OUT_DIR [--minutes 5] [--no-compile]
+
+The cases of cases.py and some that only a GPU can hold; besides their contenders our GPU backends one by one. Rows are
+written after each case, so that a run that is cut short leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import pyfused
+
+from . import report
+from .cases import BF16, FULL
+from .harness import Contender, run_case
+from .workloads import Builders, Case, CrossEntropy, LinearCrossEntropy
+
+LARGE: list[Case] = [
+    CrossEntropy(shape=(8192, 128256), dtype=BF16, why="a large language model's step: 2.1 GB of logits"),
+    CrossEntropy(shape=(8192, 1000), dtype=BF16, why="bound by the launch"),
+    CrossEntropy(shape=(8, 128256), dtype=BF16, why="few rows: one multiprocessor each"),
+    LinearCrossEntropy(rows=8192, features=2048, classes=128256, dtype=BF16, why="a large language model's last layer"),
+]
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """A case with more contenders."""
+
+    case: Case
+
+    def __getattr__(self, name):
+        return getattr(self.case, name)
+
+    def contenders(self, direction: str, device: torch.device) -> Builders:
+        builders = self.case.contenders(direction, device)
+        for backend in ("cuda", "triton"):
+            if pyfused.available_backends()[backend] is None:
+                # Not called pyfused: a backend without a kernel for this op may be left out.
+                builders[f"ours on {backend}"] = lambda b=backend: _forced(b, builders["pyfused"]())
+        return builders
+
+
+def _forced(backend: str, contender: Contender) -> Contender:
+    def within(function):
+        with pyfused.use_backend(backend):
+            return function()
+
+    return Contender(lambda: within(contender.run), lambda: within(contender.result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    options = parser.parse_args()
+    console, device = Console(width=200), torch.device("cuda")
+    options.out.mkdir(parents=True, exist_ok=True)
+    stop = time.monotonic() + 60 * options.minutes
+    everything = []
+    for case in (*LARGE, *FULL):
+        for direction in case.directions:
+            if time.monotonic() > stop:
+                console.print(f"no time left for {case.title(direction)}")
+                continue
+            try:
+                rows = run_case(OnGpu(case), direction, device, with_compile=options.compile, seconds=0.2,
+                                announce=console.print)  # fmt: skip
+            except Exception as error:
+                console.print(f"{case.title(direction)}: {type(error).__name__}: {error}", markup=False)
+                continue
+            finally:
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.empty_cache()
+            report.write_csv(rows, options.out / "cuda.csv")
+            console.print(report.tables(rows))
+            everything += rows
+    with (options.out / "table.txt").open("w") as file:
+        Console(file=file, width=160).print(report.tables(everything) if everything else "nothing was measured")
+
+
+if __name__ == "__main__":
+    main()
