@@ -249,6 +249,10 @@ CROSS_ENTROPY: list[Case] = [
         "image_aligned", "whole groups within one image: no gathering element by element", (2, 5, 8, 16)
     ),
     cross_entropy_case("image_many_classes", "class stride not 1, many classes", (2, 100, 3, 3), reduction="none"),
+    cross_entropy_case(
+        "image_many_classes_weight", "and class weights, smoothed", (2, 100, 3, 3), weight=True, label_smoothing=0.1
+    ),
+    cross_entropy_case("image_many_classes_soft", "and soft targets", (2, 100, 3, 3), probabilities=True, weight=True),
     cross_entropy_case("sequence", "(N, C, d1)", (2, 11, 9), reduction="sum"),
     cross_entropy_case("volume", "(N, C, d1, d2, d3)", (2, 3, 2, 3, 4), ignored=-100),
     cross_entropy_case("channels_last", "classes innermost, few", (2, 21, 4, 5), "channels_last"),

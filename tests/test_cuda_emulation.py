@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accuracy
 import emulated
 import pytest
 import torch
+from cases import CASES
 from cuda_emulation import build
 
 import pyfused
@@ -51,11 +53,55 @@ def test_a_right_kernel_is_not_reported(seed):
     run_planted(0, seed)
 
 
-# --- cross_entropy beyond the case table, on the emulation
 @pytest.fixture
 def cuda():
     with emulated.cuda_on_cpu(), pyfused.use_backend("cuda"):
         yield
+
+
+# --- Waiting for the device, which on a GPU would cost every step and forbid CUDA graphs
+WAITING = {
+    *(torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default),
+    *(torch.ops.aten.index.Tensor, torch.ops.aten.lift_fresh.default),  # by a mask; torch.tensor(...)
+    *(
+        torch.ops.aten.repeat_interleave.Tensor,
+        torch.ops.aten._unique2.default,
+        torch.ops.aten.unique_consecutive.default,
+    ),
+}
+
+
+# Whether the upstream gradient is 1, see _LinearCrossEntropy.backward.
+ASKED_ON_CPU = {"linear_cross_entropy": {torch.ops.aten._local_scalar_dense.default}}
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.grad][::2], ids=lambda c: c.id)
+def test_nothing_waits_for_the_device(cuda, case):
+    if "cuda" not in pyfused.dispatch.TABLE[case.op] or emulated.too_large(case):
+        pytest.skip("no CUDA kernel, or too large to emulate")
+    arguments = case.arguments(torch.float32)
+    if arguments.get("sparse"):
+        pytest.skip("the shape of a sparse gradient depends on the values")
+    with Watch() as forward:
+        outputs = accuracy.outputs_of(accuracy.public(case.op), arguments)
+    wanted, ones = [arguments[name] for name in case.grad], [torch.ones_like(o) for o in outputs]
+    with Watch() as backward:
+        torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+    assert not forward.seen & WAITING
+    assert not backward.seen & (WAITING - ASKED_ON_CPU.get(case.op, set()))
+
+
+# --- cross_entropy beyond the case table
 
 
 LAYOUTS = [(6, 5), (6, 50), (3, 5000), (2, 5, 4), (2, 70, 4)]
