@@ -101,6 +101,28 @@ def test_nothing_waits_for_the_device(cuda, case):
     assert not backward.seen & (WAITING - ASKED_ON_CPU.get(case.op, set()))
 
 
+@pytest.mark.parametrize("forward, backward", [("cpu", "cuda"), ("cuda", "cpu")])
+@pytest.mark.parametrize("case", [c for c in CASES if c.grad][1::3], ids=lambda c: c.id)
+def test_forward_and_backward_pair_with_the_cpu_backend(case, forward, backward):
+    """What forward saves belongs to the op: the two backends write the same."""
+    if "cuda" not in pyfused.dispatch.TABLE[case.op] or emulated.too_large(case):
+        pytest.skip("no CUDA kernel, or too large to emulate")
+    arguments = case.arguments(torch.float32)
+    wanted = [arguments[name] for name in case.grad]
+    with emulated.cuda_on_cpu():
+        with pyfused.use_backend(forward):
+            outputs = accuracy.outputs_of(accuracy.public(case.op), arguments)
+            expected = accuracy.gradients_of(accuracy.public(case.op), arguments, case.grad)
+        g = torch.Generator().manual_seed(1)  # as gradients_of does
+        upstream = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) for o in outputs]
+        with pyfused.use_backend(backward):
+            got = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(
+            accuracy.densify(torch.zeros_like(b) if a is None else a), accuracy.densify(b), equal_nan=True
+        )
+
+
 # --- cross_entropy beyond the case table
 
 

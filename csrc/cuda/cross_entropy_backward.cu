@@ -14,7 +14,7 @@ namespace {
 
 template <class C>
 struct Upstream {
-  const C *loss, *lse, *total, *weight_sum;  // lse may be null; weight_sum is null without class weights
+  const C *loss, *lse, *total, *weight_sum;  // lse may be null; weight_sum: null unless class weights are smoothed
 };
 
 // dz = exp(z - top) factor - scale u, except at the label; 0 if not live
@@ -126,8 +126,9 @@ Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, Vi
   PYFUSED_REQUIRE(grad_input.ndim == input.ndim && grad_input.dtype == input.dtype, "grad_input", "must be like input");
   for (int i = 0; i < input.ndim; ++i)
     PYFUSED_REQUIRE(grad_input.shape[i] == input.shape[i], "grad_input", "must be like input");
-  PYFUSED_REQUIRE(!weight || (weight_sum.numel() == 1 && weight_sum.dtype == weight.dtype), "weight_sum",
-                  "must be one number of the dtype of weight");
+  const bool smoothed_weights = weight && target.dtype == DType::i64 && label_smoothing > 0;
+  PYFUSED_REQUIRE(!smoothed_weights || (weight_sum && weight_sum.numel() == 1 && weight_sum.dtype == weight.dtype),
+                  "weight_sum", "must be one number of the dtype of weight");
   return for_dtype(input.dtype, [&](auto type) {
     using C = compute_t<decltype(type)>;
     const auto p = problem_of<decltype(type)>(input, target, weight, stats, reduction, ignore_index, label_smoothing,
@@ -135,7 +136,7 @@ Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, Vi
     const bool adjacent = input.strides[1] == 1 && grad_input.strides[1] == 1 && (p.labels || target.strides[1] == 1);
     const Grid grid = grid_of(p, adjacent);
     const Upstream<C> up = {grad_loss.as<C>(), grad_lse ? grad_lse.as<C>() : nullptr, total.as<C>(),
-                            weight ? weight_sum.as<C>() : nullptr};
+                            weight_sum ? weight_sum.as<C>() : nullptr};
     return specialize<decltype(type)>(target, [&](auto soft, auto t, auto u) {
       using T = decltype(t);
       using U = decltype(u);

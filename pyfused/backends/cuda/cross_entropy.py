@@ -28,7 +28,8 @@ def forward(input, target, weight, return_lse, *options):
 def _backward(grad_input, grad_loss, grad_lse, input, target, weight, stats, total, *options):
     grads = (grad_loss.contiguous(), None if grad_lse is None else grad_lse.contiguous())
     target, weight = _prepared(input, target, weight)
-    weight_sum = None if weight is None else weight.sum()
+    smoothed = options[2] > 0 and not target.is_floating_point()
+    weight_sum = weight.sum() if weight is not None and smoothed else None
     given = (input, target, weight, weight_sum, stats, total)
     _C.cuda_cross_entropy_backward(grad_input, *grads, *given, *options)
 
