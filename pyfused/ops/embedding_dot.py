@@ -160,6 +160,7 @@ class _EmbeddingDotUpdate(torch.autograd.Function):
     def forward(ctx, user, item, user_weight, item_weight, user_bias, item_bias, padding, optimizer):
         ctx.save_for_backward(user, item, user_weight, item_weight, user_bias, item_bias)
         ctx.padding, ctx.optimizer = padding, optimizer
+        ctx.tables = (user_weight, item_weight, user_bias, item_bias)  # activation checkpointing saves aliases of them
         return _forward(user, item, user_weight, item_weight, user_bias, item_bias)
 
     @staticmethod
@@ -170,7 +171,7 @@ class _EmbeddingDotUpdate(torch.autograd.Function):
                 " differentiated (create_graph=True)"
             )
         try:
-            given = ctx.saved_tensors
+            user, item, *_ = ctx.saved_tensors
         except RuntimeError as error:
             raise RuntimeError(
                 "pyfused.embedding_dot: a table was changed after this forward and before its backward. With"
@@ -178,11 +179,19 @@ class _EmbeddingDotUpdate(torch.autograd.Function):
                 f" embedding_dot of a graph (to score several items of a user, give item as [B, K]). {error}"
             ) from error
         needed = list(ctx.needs_input_grad[2:6])
-        changed = [table for table, need in zip(given[2:], needed) if need]
+        changed = [table for table, need in zip(ctx.tables, needed) if need]
         ctx.optimizer.step_in_backward(
             changed,
             lambda rule, state, settings: update(
-                grad, *given, state, [-1 if row is None else row for row in ctx.padding], needed, rule, settings
+                grad,
+                user,
+                item,
+                *ctx.tables,
+                state,
+                [-1 if row is None else row for row in ctx.padding],
+                needed,
+                rule,
+                settings,
             ),
         )
         torch.autograd.graph.increment_version(changed)  # so that autograd sees what else saved the old tables
