@@ -4,6 +4,11 @@ fresh memory costs a page fault per 4 KiB, ten times what writing to it costs. S
 from __future__ import annotations
 
 import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -15,8 +20,65 @@ def cached(fresh: torch.Tensor) -> torch.Tensor:
     return fresh if fresh.nbytes < _C.cache_smallest else _C.cached_like(fresh)
 
 
+# --- What is computed from a weight and stays true while the weight does
+DERIVED_LIMIT = 512 << 20  # bytes
+
+
+@dataclass
+class _Derived:
+    source: weakref.ref
+    mark: tuple[int, int]
+    fingerprint: int = 0
+    value: torch.Tensor | None = None
+
+
+_derived: OrderedDict[tuple, _Derived] = OrderedDict()  # the least recently used first
+_lock = threading.RLock()  # re-entrant: garbage collection may call _forget while it is held
+
+
+def derived(source: torch.Tensor, kind: str, make: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """make(), a tensor computed from `source` (dense float32) alone, remembered as long as `source` lives unchanged.
+
+    None at the first sight of a source or of a new version of it: in training every step has a new one, and to keep
+    what is computed from it would not pay. An optimizer's step shows in the version; what does not (`.data`, NumPy)
+    shows in the fingerprint, which reads the source once, a small part of what any `make` costs that is worth it.
+    """
+    key, mark = (id(source), kind), (0 if source.is_inference() else source._version, source.data_ptr())
+    with _lock:
+        entry = _derived.get(key)
+        if entry is None or entry.mark != mark or entry.source() is not source:
+            _derived[key] = _Derived(weakref.ref(source, lambda _: _forget(key)), mark)
+            return None
+    fingerprint = torch.empty(1, dtype=torch.int64)
+    _C.fingerprint(fingerprint, source, torch.get_num_threads())
+    fingerprint = fingerprint.item()
+    value = entry.value
+    if value is None or entry.fingerprint != fingerprint:
+        value = make()
+    with _lock:
+        entry.fingerprint, entry.value = fingerprint, value
+        if key in _derived:
+            _derived.move_to_end(key)
+        while derived_held() > DERIVED_LIMIT:
+            _derived.popitem(last=False)
+    return value
+
+
+def _forget(key: tuple) -> None:
+    with _lock:
+        _derived.pop(key, None)
+
+
+def derived_held() -> int:
+    """Bytes of the remembered tensors."""
+    with _lock:
+        return sum(entry.value.nbytes for entry in _derived.values() if entry.value is not None)
+
+
 def empty_cache() -> None:
     """Give the memory that pyfused keeps for reuse on the CPU back to the system."""
+    with _lock:
+        _derived.clear()
     if _C is not None:
         _C.cache_empty()
 

@@ -26,14 +26,17 @@ namespace {
 
 constexpr int kGroup = 64;  // output channels between two transforms: M of one group stays in the cache
 constexpr int64_t kBlockBytes = 128 << 10;
+constexpr int64_t kLargeWeight = 2 << 20;  // bytes of U that outgrow a core's cache
+constexpr int64_t kSharedBytes = 4 << 20;  // of V and M where all threads work on the same tiles
+constexpr int64_t kSharedRows = 48;        // tiles of one point's product that a thread takes at a time
 
 // --- Sinks: what happens to the 36 sums of products of a tile, `count` channels from o.
 struct Dense {
+  static constexpr bool kOverlaps = false;
   float* out;
   const float* bias;  // or nullptr
   float least;        // 0: ReLU; −inf: none
   int64_t height, width, channels;
-  PYFUSED_INLINE void begin(const Tile&) const {}
   PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t o, int64_t count) const {
     V y[16];
     transform_products(products, y);
@@ -52,11 +55,11 @@ struct Dense {
 };
 
 struct Pooled {
+  static constexpr bool kOverlaps = false;
   float* out;
   uint8_t* code;
   const float* bias;
   int64_t height, width, channels;  // of the pooled result
-  PYFUSED_INLINE void begin(const Tile&) const {}
   PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t o, int64_t count) const {
     V y[16];
     transform_products(products, y);
@@ -87,12 +90,13 @@ struct Pooled {
 
 // The data gradient: 6x6 patches, two rows and columns of which are a neighbour's too, are added up.
 struct Overlapping {
+  static constexpr bool kOverlaps = true;
   float* out;
   int pad_h, pad_w;
   int64_t height, width, channels;
-  PYFUSED_INLINE void begin(const Tile& tile) const {
-    if (tile.h + tile.w == 0)
-      std::memset(out + tile.n * height * width * channels, 0, sizeof(float) * height * width * channels);
+  PYFUSED_INLINE void clear(int64_t first, int64_t last) const {  // images
+    int64_t image = height * width * channels;
+    std::memset(out + first * image, 0, sizeof(float) * (last - first) * image);
   }
   PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t c, int64_t count) const {
     V patch[kPoints];
@@ -131,123 +135,232 @@ PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles,
   }
 }
 
-// The transformed tiles of `source` (patches of P x P at the grid's tiles, less the padding) times U into `sink`. `unit`
-// tiles in a row are never split over threads.
-template <int P, class Source, class Sink>
-void convolve(const Source& source, const Sink& sink, const Grid& grid, const float* u, int pad_h, int pad_w,
-              int64_t unit, int threads) {
-  int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
-  int64_t v_row = round_up(depth, lanes<float>);
-  int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints * 4 * v_row) / kRows * kRows);
-  most = min(most, round_up(grid.count, kRows));
-  int64_t v_point = most * v_row + kSkew, m_point = most * kGroup + kSkew;
-  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints * (v_point + m_point)));
-  int64_t grain = max<int64_t>(1, kRows / unit);
-  parallel_for(grid.count / unit, grain, threads, [&](int64_t begin, int64_t end, int thread) {
-    float *v = memory + thread * kPoints * (v_point + m_point), *m = v + kPoints * v_point;
-    int64_t blocks = ceil_div((end - begin) * unit, most);
-    int64_t block = min(most, round_up(ceil_div((end - begin) * unit, blocks), kRows));
-    for (int64_t first = begin * unit; first < end * unit; first += block) {
-      int64_t count = min(block, end * unit - first);
-      for (int64_t t = 0; t < count; ++t) sink.begin(Tile(grid, first + t));
-      transform_tiles<P>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
-      for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
-        int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
-        for (int k = 0; k < kPoints; ++k)
-          multiply_group(v + k * v_point, v_row, count, u + (k * all_panels + panel) * depth * kPanel, depth, panels,
-                         m + k * m_point);
-        for (int64_t t = 0; t < count; ++t) {
-          Tile tile(grid, first + t);
-          for (int64_t o = panel * kPanel; o < min(channels, (panel + panels) * kPanel); o += lanes<float>) {
-            V products[kPoints];
-            const float* p = m + t * kGroup + (o - panel * kPanel);
+// --- The weight as the products take it. View of [O, C, 3, 3] in any strides; transposed: O and C exchanged, for the
+// data gradient. Or the finished U.
+struct Weight {
+  const View& view;
+  bool transposed;
+  PYFUSED_INLINE bool finished() const { return view.ndim == 1; }
+};
+
+PYFUSED_INLINE int64_t point_stride(int64_t panels, int64_t depth) { return panels * depth * kPanel + kSkew; }
+
+// U of `panels` panels from panel `first` on: u[36][panels][depth][16], points `point_stride(panels, depth)` apart.
+void transform_weight(const Weight& weight, int64_t first, int64_t panels, float* u, int threads) {
+  const View& view = weight.view;
+  int64_t outputs = view.shape[weight.transposed], depth = view.shape[!weight.transposed];
+  int64_t output_stride = view.strides[weight.transposed], depth_stride = view.strides[!weight.transposed];
+  int64_t point = point_stride(panels, depth), offset[9];
+  for (int tap = 0; tap < 9; ++tap) offset[tap] = tap / 3 * view.strides[2] + tap % 3 * view.strides[3];
+  parallel_for(panels * depth, 64, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {  // in the order in which the filters lie
+      int64_t panel = output_stride < depth_stride ? row % panels : row / depth;
+      int64_t c = output_stride < depth_stride ? row / panels : row % depth;
+      int64_t o = (first + panel) * kPanel, count = min<int64_t>(kPanel, outputs - o);
+      const float* from = view.as<float>() + o * output_stride + c * depth_stride;
+      float taps[9][kPanel] = {};
+      for (int64_t i = 0; i < count; ++i, from += output_stride)
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) taps[tap][i] = from[offset[tap]];
+      for (int i = 0; i < kPanel; i += lanes<float>) {
+        V w[9], points[kPoints];
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps[tap] + i);
+        transform_filter(w, points);
+        float* to = u + (panel * depth + c) * kPanel + i;
 #pragma GCC unroll 36
-            for (int k = 0; k < kPoints; ++k) products[k] = load(p + k * m_point);
-            sink.finish(products, tile, o, channels - o);
-          }
-        }
+        for (int k = 0; k < kPoints; ++k) store(to + k * point, points[k]);
       }
     }
   });
 }
 
+// The results of tiles [first, first + count) of the grid for channels [begin, end), from m[36][count][kGroup] whose
+// rows start with channel `origin`.
+template <class Sink>
+void finish_tiles(const Sink& sink, const Grid& grid, int64_t first, int64_t count, int64_t begin, int64_t end,
+                  const float* m, int64_t m_point, int64_t origin) {
+  for (int64_t t = 0; t < count; ++t) {
+    Tile tile(grid, first + t);
+    for (int64_t o = begin; o < end; o += lanes<float>) {
+      V products[kPoints];
+      const float* p = m + t * kGroup + (o - origin);
+#pragma GCC unroll 36
+      for (int k = 0; k < kPoints; ++k) products[k] = load(p + k * m_point);
+      sink.finish(products, tile, o, sink.channels - o);
+    }
+  }
+}
+
+// --- Two schedules of  sink <- tiles of `source` (patches of P x P at the grid's tiles, less the padding) times U.  Every
+// sum has the same order in both: the same bits.
+
+// Each thread by itself, with blocks of tiles whose V and M stay in its cache; every block reads all of U. Tiles of an
+// image that overlap in the result are one thread's.
+template <int P, class Source, class Sink>
+void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, const float* u, int pad_h, int pad_w,
+                    int threads) {
+  int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
+  int64_t v_row = round_up(depth, lanes<float>), unit = Sink::kOverlaps ? grid.down * grid.across : 1;
+  int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints * 4 * v_row) / kRows * kRows);
+  most = min(most, round_up(grid.count, kRows));
+  int64_t v_point = most * v_row + kSkew, m_point = most * kGroup + kSkew, u_point = point_stride(all_panels, depth);
+  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints * (v_point + m_point)));
+  parallel_for(grid.count / unit, max<int64_t>(1, kRows / unit), threads, [&](int64_t begin, int64_t end, int thread) {
+    float *v = memory + thread * kPoints * (v_point + m_point), *m = v + kPoints * v_point;
+    if constexpr (Sink::kOverlaps) sink.clear(begin, end);
+    int64_t blocks = ceil_div((end - begin) * unit, most);
+    int64_t block = min(most, round_up(ceil_div((end - begin) * unit, blocks), kRows));
+    for (int64_t first = begin * unit; first < end * unit; first += block) {
+      int64_t count = min(block, end * unit - first);
+      transform_tiles<P>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
+      for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
+        int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
+        for (int k = 0; k < kPoints; ++k)
+          multiply_group(v + k * v_point, v_row, count, u + k * u_point + panel * depth * kPanel, depth, panels,
+                         m + k * m_point);
+        finish_tiles(sink, grid, first, count, panel * kPanel, min(channels, (panel + panels) * kPanel), m, m_point,
+                     panel * kPanel);
+      }
+    }
+  });
+}
+
+// All threads on one large block of tiles, group by group of output channels: U is read once per block, and where one
+// block takes all tiles and U is not there yet, it exists only a group at a time, in cache. Threads share the filters, the
+// points and rows of tiles, then the tiles; where tiles overlap, the images and vectors of channels.
+template <int P, class Source, class Sink>
+void convolve_together(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, int64_t block,
+                       const float* u, int pad_h, int pad_w, int threads) {
+  int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
+  int64_t v_row = round_up(depth, lanes<float>), v_point = block * v_row + kSkew, m_point = block * kGroup + kSkew;
+  auto* v = static_cast<float*>(scratch(0, sizeof(float) * kPoints * (v_point + m_point)));
+  float *m = v + kPoints * v_point, *own = nullptr;
+  if (!u) own = static_cast<float*>(scratch(1, sizeof(float) * kPoints * point_stride(kGroup / kPanel, depth)));
+  int64_t image = grid.down * grid.across;
+  if constexpr (Sink::kOverlaps)
+    parallel_for(grid.count / image, 1, threads, [&](int64_t begin, int64_t end, int) { sink.clear(begin, end); });
+  for (int64_t first = 0; first < grid.count; first += block) {
+    int64_t count = min(block, grid.count - first), row_blocks = ceil_div(count, kSharedRows);
+    parallel_for(count, 1, threads, [&](int64_t begin, int64_t end, int) {
+      transform_tiles<P>(source, grid, first + begin, end - begin, pad_h, pad_w, v + begin * v_row, v_row, v_point);
+    });
+    for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
+      int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
+      if (own) transform_weight(weight, panel, panels, own, threads);
+      const float* group = own ? own : u + panel * depth * kPanel;
+      int64_t u_point = point_stride(own ? panels : all_panels, depth);
+      parallel_for(kPoints * row_blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item) {
+          int64_t k = item / row_blocks, t = item % row_blocks * kSharedRows;
+          multiply_group(v + k * v_point + t * v_row, v_row, min(kSharedRows, count - t), group + k * u_point, depth,
+                         panels, m + k * m_point + t * kGroup);
+        }
+      });
+      int64_t origin = panel * kPanel, last = min(channels, origin + panels * kPanel);
+      if constexpr (Sink::kOverlaps) {
+        int64_t vectors = ceil_div(last - origin, lanes<float>), image0 = first / image;
+        int64_t images = (first + count - 1) / image - image0 + 1;
+        parallel_for(images * vectors, 1, threads, [&](int64_t begin, int64_t end, int) {
+          for (int64_t item = begin; item < end; ++item) {
+            int64_t n = image0 + item / vectors, o = origin + item % vectors * lanes<float>;
+            int64_t from = max(first, n * image), to = min(first + count, (n + 1) * image);
+            finish_tiles(sink, grid, from, to - from, o, min(last, o + lanes<float>), m + (from - first) * kGroup,
+                         m_point, origin);
+          }
+        });
+      } else {
+        parallel_for(count, 1, threads, [&](int64_t begin, int64_t end, int) {
+          finish_tiles(sink, grid, first + begin, end - begin, origin, last, m + begin * kGroup, m_point, origin);
+        });
+      }
+    }
+  }
+}
+
+template <int P, class Source, class Sink>
+void convolve(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, int pad_h, int pad_w,
+              int threads) {
+  if (!grid.count) return;
+  int64_t depth = source.channels, panels = ceil_div(sink.channels, kPanel),
+          u_size = kPoints * point_stride(panels, depth);
+  int64_t weight_bytes = sizeof(float) * u_size,
+          tile_bytes = kPoints * sizeof(float) * (round_up(depth, lanes<float>) + kGroup);
+  int64_t most = max<int64_t>(8 * kRows, max(kSharedBytes, weight_bytes) / tile_bytes),
+          blocks = ceil_div(grid.count, most);
+  bool few_images = Sink::kOverlaps && grid.count / (grid.down * grid.across) < threads;
+  bool together = few_images || weight_bytes >= kLargeWeight;
+  const float* u = weight.finished() ? weight.view.as<float>() : nullptr;
+  if (!u && !(together && blocks == 1)) {
+    auto* own = static_cast<float*>(scratch(1, weight_bytes));
+    transform_weight(weight, 0, panels, own, threads);
+    u = own;
+  }
+  if (together)
+    convolve_together<P>(source, sink, grid, weight, ceil_div(grid.count, blocks), u, pad_h, pad_w, threads);
+  else
+    convolve_apart<P>(source, sink, grid, u, pad_h, pad_w, threads);
+}
+
 // What forward and backward ask of their arguments alike.
-Status check(const View& input, const View& transformed, int64_t outputs, int pad_h, int pad_w) {
+Status check(const Weight& weight, int64_t depth, int64_t outputs, int pad_h, int pad_w) {
+  const View& view = weight.view;
   PYFUSED_REQUIRE(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding", "must lie in 0..2");
-  PYFUSED_REQUIRE(transformed.dtype == DType::f32 && transformed.contiguous() &&
-                      transformed.numel() == kPoints * input.shape[1] * round_up(outputs, kPanel),
-                  "transformed", "must be 36 * C * round_up(O, 16) contiguous float32");
+  PYFUSED_REQUIRE(view.dtype == DType::f32, "weight", "must be float32");
+  if (weight.finished())
+    PYFUSED_REQUIRE(view.contiguous() && view.numel() == kPoints * point_stride(ceil_div(outputs, kPanel), depth),
+                    "weight", "as transformed must be 36 * (C * round_up(O, 16) + 16) contiguous float32");
+  else
+    PYFUSED_REQUIRE(view.ndim == 4 && view.shape[weight.transposed] == outputs &&
+                        view.shape[!weight.transposed] == depth && view.shape[2] == 3 && view.shape[3] == 3,
+                    "weight", "must be float32 [O, C, 3, 3] or transformed");
   return {};
 }
 
 }  // namespace
 
-// U from weight [O, C, 3, 3] of any strides. `transposed`: for the data gradient, O and C exchanged, so
-// U[36][⌈C/16⌉][O][16] of 36 · O · round_up(C, 16) floats.
-Status conv2d_winograd_transform_weight(View transformed, View weight, bool transposed, int threads) {
+// U from weight [O, C, 3, 3] of any strides: 36 * (C * round_up(O, 16) + 16) floats.
+Status conv2d_winograd_transform_weight(View transformed, View weight, int threads) {
   PYFUSED_REQUIRE(weight.ndim == 4 && weight.dtype == DType::f32 && weight.shape[2] == 3 && weight.shape[3] == 3,
                   "weight", "must be float32 [O, C, 3, 3]");
-  int64_t outputs = weight.shape[transposed], depth = weight.shape[!transposed];
-  int64_t output_stride = weight.strides[transposed], depth_stride = weight.strides[!transposed];
-  int64_t panels = ceil_div(outputs, kPanel);
+  int64_t panels = ceil_div(weight.shape[0], kPanel);
   PYFUSED_REQUIRE(transformed.dtype == DType::f32 && transformed.contiguous() &&
-                      transformed.numel() == kPoints * depth * panels * kPanel,
-                  "transformed", "must be 36 * C * round_up(O, 16) contiguous float32");
-  int64_t offset[9];
-  for (int tap = 0; tap < 9; ++tap) offset[tap] = tap / 3 * weight.strides[2] + tap % 3 * weight.strides[3];
-  parallel_for(panels * depth, 64, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t panel = row / depth, count = min<int64_t>(kPanel, outputs - panel * kPanel);
-      const float* from = weight.as<float>() + panel * kPanel * output_stride + row % depth * depth_stride;
-      float taps[9][kPanel] = {};
-      for (int64_t o = 0; o < count; ++o, from += output_stride)
-#pragma GCC unroll 9
-        for (int tap = 0; tap < 9; ++tap) taps[tap][o] = from[offset[tap]];
-      for (int o = 0; o < kPanel; o += lanes<float>) {
-        V w[9], u[kPoints];
-#pragma GCC unroll 9
-        for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps[tap] + o);
-        transform_filter(w, u);
-        float* to = transformed.as<float>() + row * kPanel + o;
-#pragma GCC unroll 36
-        for (int k = 0; k < kPoints; ++k) store(to + k * panels * depth * kPanel, u[k]);
-      }
-    }
-  });
+                      transformed.numel() == kPoints * point_stride(panels, weight.shape[1]),
+                  "transformed", "must be 36 * (C * round_up(O, 16) + 16) contiguous float32");
+  transform_weight({weight, false}, 0, panels, transformed.as<float>(), threads);
   return {};
 }
 
 // out [N, O, OH, OW] = input ⋆ weight + bias, through the ReLU if `relu`.
-Status conv2d_winograd(View out, View input, View transformed, View bias, int pad_h, int pad_w, bool relu,
-                       int threads) {
+Status conv2d_winograd(View out, View input, View weight, View bias, int pad_h, int pad_w, bool relu, int threads) {
   PYFUSED_REQUIRE(channels_last(input, DType::f32), "input", "must be channels_last float32");
   PYFUSED_REQUIRE(channels_last(out, DType::f32), "out", "must be channels_last float32");
   int64_t n = input.shape[0], outputs = out.shape[1];
   int64_t height = input.shape[2] + 2 * pad_h - 2, width = input.shape[3] + 2 * pad_w - 2;
-  if (Status status = check(input, transformed, outputs, pad_h, pad_w); status.code) return status;
+  if (Status status = check({weight, false}, input.shape[1], outputs, pad_h, pad_w); status.code) return status;
   PYFUSED_REQUIRE(has_shape(out, n, outputs, height, width), "out", "must be [N, O, H + 2 pad - 2, W + 2 pad - 2]");
   PYFUSED_REQUIRE(is_channel_vector(bias, outputs), "bias", "must be O contiguous float32");
   Plain source{input.as<float>(), input.shape[2], input.shape[3], input.shape[1]};
   Dense sink{out.as<float>(), bias.as<float>(), relu ? 0.f : -__builtin_inff(), height, width, outputs};
-  convolve<kPatch>(source, sink, Grid(n, height, width), transformed.as<float>(), pad_h, pad_w, 1, threads);
+  convolve<kPatch>(source, sink, Grid(n, height, width), {weight, false}, pad_h, pad_w, threads);
   return {};
 }
 
 // out [N, O, PH, PW] = max_pool2d(relu(input ⋆ weight + bias), 2), and its code (uint8, same shape).
-Status conv2d_winograd_pool(View out, View code, View input, View transformed, View bias, int pad_h, int pad_w,
+Status conv2d_winograd_pool(View out, View code, View input, View weight, View bias, int pad_h, int pad_w,
                             int threads) {
   PYFUSED_REQUIRE(channels_last(input, DType::f32), "input", "must be channels_last float32");
   PYFUSED_REQUIRE(channels_last(out, DType::f32), "out", "must be channels_last float32");
   PYFUSED_REQUIRE(channels_last(code, DType::u8), "code", "must be channels_last uint8");
   int64_t n = input.shape[0], outputs = out.shape[1];
   int64_t height = (input.shape[2] + 2 * pad_h - 2) / 2, width = (input.shape[3] + 2 * pad_w - 2) / 2;
-  if (Status status = check(input, transformed, outputs, pad_h, pad_w); status.code) return status;
+  if (Status status = check({weight, false}, input.shape[1], outputs, pad_h, pad_w); status.code) return status;
   PYFUSED_REQUIRE(has_shape(out, n, outputs, height, width), "out", "must be [N, O, (H + 2 pad - 2) / 2, ...]");
   PYFUSED_REQUIRE(has_shape(code, n, outputs, height, width), "code", "must have the shape of out");
   PYFUSED_REQUIRE(is_channel_vector(bias, outputs), "bias", "must be O contiguous float32");
   Plain source{input.as<float>(), input.shape[2], input.shape[3], input.shape[1]};
   Pooled sink{out.as<float>(), code.as<uint8_t>(), bias.as<float>(), height, width, outputs};
-  convolve<kPatch>(source, sink, Grid(n, 2 * height, 2 * width), transformed.as<float>(), pad_h, pad_w, 1, threads);
+  convolve<kPatch>(source, sink, Grid(n, 2 * height, 2 * width), {weight, false}, pad_h, pad_w, threads);
   return {};
 }
 
@@ -255,8 +368,7 @@ Status conv2d_winograd_pool(View out, View code, View input, View transformed, V
 // pooled; `transformed` is that of the transposed weight. The forward's algorithm transposed: with g the gradient before
 // ReLU (and pool), whose mask (or code) is applied while its tiles are read,  dx = ∑_tiles B [ ∑_o U_oc ⊙ (A g_o Aᵀ) ] Bᵀ.
 // A convolution with rotated filters would do too, but it has tiles of dx instead of g: 4 times as many at 5x5 -> 3x3.
-// The threads share the images.
-Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, View transformed, int pad_h, int pad_w,
+Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, View weight, int pad_h, int pad_w,
                                       int threads) {
   bool pooled = saved.dtype == DType::u8;
   PYFUSED_REQUIRE(channels_last(grad_input, DType::f32), "grad_input", "must be channels_last float32");
@@ -265,7 +377,7 @@ Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, Vi
   int64_t n = grad_input.shape[0], inputs = grad_input.shape[1], outputs = grad.shape[1], factor = pooled ? 2 : 1;
   int64_t height = grad_input.shape[2], width = grad_input.shape[3];
   int64_t grad_height = (height + 2 * pad_h - 2) / factor, grad_width = (width + 2 * pad_w - 2) / factor;
-  if (Status status = check(grad, transformed, inputs, pad_h, pad_w); status.code) return status;
+  if (Status status = check({weight, true}, outputs, inputs, pad_h, pad_w); status.code) return status;
   PYFUSED_REQUIRE(has_shape(grad, n, outputs, grad_height, grad_width), "grad", "must have the shape of out");
   PYFUSED_REQUIRE(has_shape(saved, n, outputs, grad_height, grad_width), "saved", "must have the shape of out");
   Overlapping sink{grad_input.as<float>(), pad_h, pad_w, height, width, inputs};
@@ -274,13 +386,13 @@ Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, Vi
     std::memset(grad_input.data, 0, sizeof(float) * grad_input.numel());
     return {};
   }
-  int64_t unit = grid.down * grid.across;  // an image
-  const float *g = grad.as<float>(), *u = transformed.as<float>();
+  const float* g = grad.as<float>();
   if (pooled)
-    convolve<kTile>(Unpooled{g, saved.as<uint8_t>(), grid.height, grid.width, outputs}, sink, grid, u, 0, 0, unit,
-                    threads);
+    convolve<kTile>(Unpooled{g, saved.as<uint8_t>(), grid.height, grid.width, outputs}, sink, grid, {weight, true}, 0,
+                    0, threads);
   else
-    convolve<kTile>(Masked{g, saved.as<float>(), grid.height, grid.width, outputs}, sink, grid, u, 0, 0, unit, threads);
+    convolve<kTile>(Masked{g, saved.as<float>(), grid.height, grid.width, outputs}, sink, grid, {weight, true}, 0, 0,
+                    threads);
   return {};
 }
 

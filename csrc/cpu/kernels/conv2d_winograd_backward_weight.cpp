@@ -60,13 +60,15 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
                int pad_h, int pad_w, int threads) {
   Grid grid(images, gradient.height, gradient.width);
   int64_t outputs = gradient.channels, channels = input.channels, tiles = min(kTiles, grid.count);
-  int64_t z_row = round_up(outputs, lanes<float>), v_row = round_up(channels, lanes<float>);
-  int64_t z_point = tiles * z_row + kSkew, v_point = tiles * v_row + kSkew, d_point = outputs * v_row + kSkew;
+  // Rows of Z and V are skewed too: a product goes down a column of both.
+  int64_t d_row = round_up(channels, lanes<float>), z_row = round_up(outputs, lanes<float>) + kSkew,
+          v_row = d_row + kSkew;
+  int64_t z_point = tiles * z_row + kSkew, v_point = tiles * v_row + kSkew, d_point = outputs * d_row + kSkew;
   auto* z = static_cast<float*>(scratch(0, sizeof(float) * (kPoints * (z_point + v_point + d_point) + z_row)));
   float *v = z + kPoints * z_point, *d = v + kPoints * v_point, *bias = d + kPoints * d_point;
   std::memset(bias, 0, sizeof(float) * z_row);
   if (!grid.count) std::memset(d, 0, sizeof(float) * kPoints * d_point);
-  int64_t width = kVectors * lanes<float>, groups = ceil_div(v_row, width);
+  int64_t width = kVectors * lanes<float>, groups = ceil_div(d_row, width);
   for (int64_t first = 0; first < grid.count; first += kTiles) {
     int64_t count = min(kTiles, grid.count - first);
     parallel_for(count, 4, threads, [&](int64_t begin, int64_t end, int) {
@@ -76,17 +78,17 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
     parallel_for(kPoints * groups, 1, threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t item = begin; item < end; ++item) {
         int64_t k = item / groups, c = item % groups * width;
-        int vectors = static_cast<int>(min(width, v_row - c) / lanes<float>);
+        int vectors = static_cast<int>(min(width, d_row - c) / lanes<float>);
         auto* add = first == 0 ? add_products<false> : add_products<true>;  // D is large: no pass to clear it
-        add(z + k * z_point, z_row, v + k * v_point + c, v_row, count, outputs, vectors, d + k * d_point + c, v_row);
+        add(z + k * z_point, z_row, v + k * v_point + c, v_row, count, outputs, vectors, d + k * d_point + c, d_row);
       }
     });
     const float* sums = z + 7 * z_point;  // the point (1, 1)
     for (int64_t t = 0; grad_bias && t < count; ++t)
-      for (int64_t o = 0; o < z_row; o += lanes<float>) store(bias + o, load(bias + o) + load(sums + t * z_row + o));
+      for (int64_t o = 0; o < outputs; o += lanes<float>) store(bias + o, load(bias + o) + load(sums + t * z_row + o));
   }
   parallel_for(outputs, 4, threads,
-               [&](int64_t begin, int64_t end, int) { transform_back(d, v_row, d_point, begin, end, grad_weight); });
+               [&](int64_t begin, int64_t end, int) { transform_back(d, d_row, d_point, begin, end, grad_weight); });
   if (grad_bias) std::memcpy(grad_bias, bias, sizeof(float) * outputs);
 }
 

@@ -12,9 +12,12 @@ import torch
 
 from ... import _C
 from ...dispatch import kernel
-from ...memory import cached
+from ...memory import cached, derived
 from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
+
+WINOGRAD_SAVES = 1600  # products per pair of channels
+LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth remembering
 
 
 def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
@@ -28,10 +31,10 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     if c_in <= 4 and max(kh, kw) <= 7 and max(stride) <= 2 and input.dtype != torch.float64:
         return "direct"
     if winograd and op.allowed_algorithms() == "auto" and min(c_in, c_out) >= 16 and _C.isa() != "baseline":
-        # Not on SSE2, whose vectors of 4 lose to oneDNN. And transforming the weight must pay: it costs as much as some
-        # hundred positions, more where it leaves the cache.
+        # Not on SSE2, whose vectors of 4 lose to oneDNN. And the products saved must pay for the weight's transform,
+        # which costs as much as some hundred positions: 9 products a position against 36 a tile, used or not.
         n, _, height, width = op.output_shape(input, weight, stride, padding, dilation)
-        if n * height * width >= (256 if c_in * c_out <= 128 * 128 else 1024):
+        if n * (9 * height * width - 36 * -(-height // 4) * -(-width // 4)) >= WINOGRAD_SAVES:
             return "winograd"
     return "aten"
 
@@ -46,25 +49,43 @@ def _channels_last(x: torch.Tensor, fill: bool = True) -> torch.Tensor:
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
     copy = cached(torch.empty_like(x, memory_format=torch.channels_last))
-    return copy.copy_(x) if fill else copy
+    return _convert(copy, x) if fill else copy
+
+
+def _convert(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """out.copy_(x) where one of them is channels_last; nothing where they are the same."""
+    if x is not out:
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        _C.convert_layout(out, x, torch.get_num_threads())
+    return out
 
 
 def _aten(*args) -> torch.Tensor:
-    """PyTorch's convolution, then ReLU in place."""
+    """PyTorch's convolution, then ReLU in place. (oneDNN could do both at once, but turns NaN into 0.)"""
     input, weight, bias, stride, padding, dilation, groups = args
-    out = torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups).relu_()
+    # Not torch.ops.aten.convolution, which takes 4 us more to call.
+    out = torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups).relu_()
     # Where no dimension is 1, a dense layout determines the strides: nothing need be allocated to compare with.
     if 1 not in out.shape and out.is_contiguous(memory_format=op.memory_format(input, weight)):
         return out
     return op.conform(out, op.alloc(*args))
 
 
-def _transformed(weight: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-    """The weight as the Winograd kernels take it; `transposed`: for the input's gradient."""
-    channels, outputs = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
-    transformed = cached(weight.new_empty(36 * channels * (-(-outputs // 16) * 16)))
-    _C.conv2d_winograd_transform_weight(transformed, weight, transposed, torch.get_num_threads())
-    return transformed
+def _transformed(weight: torch.Tensor) -> torch.Tensor:
+    """What the Winograd kernels take for a weight: itself, or its transform if that is remembered."""
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    if weight.nbytes < LARGE_WEIGHT or not dense:
+        return weight
+
+    def make():
+        outputs, channels = weight.shape[:2]
+        transformed = cached(weight.new_empty(36 * (channels * (-(-outputs // 16) * 16) + 16)))
+        _C.conv2d_winograd_transform_weight(transformed, weight, torch.get_num_threads())
+        return transformed
+
+    transformed = derived(weight, "winograd", make)
+    return weight if transformed is None else transformed
 
 
 @kernel("conv2d_relu", "cpu")
@@ -80,7 +101,7 @@ def forward(*args):
         return out
     result = _channels_last(out, fill=False)
     _C.conv2d_winograd(result, _channels_last(input), _transformed(weight), bias, *padding, True, threads)
-    return out if result is out else out.copy_(result)
+    return _convert(out, result)
 
 
 @kernel("conv2d_relu_max_pool2d", "cpu")
@@ -94,10 +115,8 @@ def pool_forward(*args):
     elif chosen == "winograd":
         pooled, places = _channels_last(out, fill=False), _channels_last(code, fill=False)
         _C.conv2d_winograd_pool(pooled, places, _channels_last(input), _transformed(weight), bias, *padding, threads)
-        if pooled is not out:
-            out.copy_(pooled)
-        if places is not code:
-            code.copy_(places)
+        _convert(out, pooled)
+        _convert(code, places)
     else:
         _C.relu_max_pool2d(out, code, forward(*args[:7]), *pool_size, *pool_stride, threads)
     return out, code
@@ -111,7 +130,7 @@ def backward(grad, input, weight, output, stride, padding, dilation, groups, nee
     if grads:
         return grads
     g = cached(torch.empty_like(grad)) if needed[0] or needed[1] else None
-    _, _, d_bias = op.alloc_grads(input, weight, needed)
+    d_bias = weight.new_empty(weight.shape[0] if needed[2] else 0)
     _C.conv2d_relu_grad(g, d_bias if needed[2] else None, grad, output, torch.get_num_threads())
     return _finish(g, d_bias, input, weight, options, needed)
 
@@ -124,7 +143,7 @@ def pool_backward(grad, input, weight, code, stride, padding, dilation, groups, 
         grads = _native_backward(grad, input, weight, code, options, needed)
         if grads:
             return grads
-    _, _, d_bias = op.alloc_grads(input, weight, needed)
+    d_bias = weight.new_empty(weight.shape[0] if needed[2] else 0)
     if needed[2]:
         _C.conv2d_relu_grad(None, d_bias, grad, code, torch.get_num_threads())
     if needed[0] or needed[1]:
@@ -155,9 +174,8 @@ def _native_backward(grad, input, weight, saved, options, needed):
     _C.conv2d_winograd_backward_weight(d_weight, bias, grad, saved, _channels_last(input), *padding, threads)
     if needed[0]:
         result = _channels_last(d_input, fill=False)
-        _C.conv2d_winograd_backward_input(result, grad, saved, _transformed(weight, True), *padding, threads)
-        if result is not d_input:
-            d_input.copy_(result)
+        _C.conv2d_winograd_backward_input(result, grad, saved, weight, *padding, threads)
+        _convert(d_input, result)
     return d_input, d_weight, d_bias
 
 
