@@ -139,8 +139,14 @@ CONV2D_RELU: list[Case] = [
               padding=1, slack=WINOGRAD),
     conv_case("winograd-wide", "Winograd, padding 2, several blocks", (2, 32, 12, 9), 80, (3, 3), layout=CHANNELS_LAST,
               padding=2, slack=WINOGRAD, bias=False),
-    conv_case("winograd-tiny", "Winograd on 3x3 maps: one output", (300, 32, 3, 3), 32, (3, 3), layout=CHANNELS_LAST,
-              slack=WINOGRAD),
+    conv_case("tiny", "3x3 maps: one output, for which a Winograd tile does not pay", (300, 32, 3, 3), 32, (3, 3),
+              layout=CHANNELS_LAST),
+    conv_case("winograd-small", "Winograd on maps of one tile", (40, 32, 3, 3), 32, (3, 3), padding=1,
+              layout=CHANNELS_LAST, slack=WINOGRAD),
+    conv_case("1x1", "a matrix product, tails of channels and pixels", (4, 19, 9, 11), 37, (1, 1)),
+    conv_case("1x1-cl", "the same in channels_last", (4, 19, 9, 11), 37, (1, 1), layout=CHANNELS_LAST),
+    conv_case("1x1-weight-cl", "channels_last by the weight alone", (5, 20, 8, 8), 24, (1, 1),
+              weight_layout=CHANNELS_LAST, bias=False),
 ]  # fmt: skip
 
 # --- conv2d_relu_max_pool2d ------------------------------------------------------------------------------------------
@@ -179,6 +185,7 @@ CONV2D_RELU_MAX_POOL2D: list[Case] = [
     pool_case("winograd", "Winograd on NCHW: converted and back", (5, 16, 9, 11), 16, (3, 3), slack=WINOGRAD),
     pool_case("winograd-cl", "Winograd, tails of channels, padding", (2, 19, 11, 14), 37, (3, 3), layout=CHANNELS_LAST,
               padding=1, slack=WINOGRAD),
+    pool_case("1x1-cl", "1x1, then the separate pooling pass", (4, 19, 9, 11), 37, (1, 1), layout=CHANNELS_LAST),
     pool_case("winograd-3x3", "Winograd, then the separate pooling pass", (2, 17, 11, 14), 20, (3, 3), padding=1,
               layout=CHANNELS_LAST, slack=WINOGRAD, pool_size=3, pool_stride=2),
 ]  # fmt: skip

@@ -42,6 +42,12 @@ def exact(*shape, high=5, seed=0):
         ((1, 160, 16, 16), (160, 160, 3, 3), {}, "aten"),
         ((2, 160, 16, 16), (160, 160, 3, 3), {}, "winograd"),
         ((8, 512, 7, 7), (512, 512, 3, 3), {"padding": 1}, "winograd"),
+        ((4, 16, 8, 8), (16, 16, 1, 1), {}, "1x1"),
+        ((3, 16, 9, 9), (16, 16, 1, 1), {}, "aten"),
+        ((4, 16, 9, 9), (15, 16, 1, 1), {}, "aten"),
+        ((4, 16, 9, 9), (16, 16, 1, 1), {"padding": 1}, "aten"),
+        ((4, 16, 17, 17), (16, 16, 1, 1), {"stride": 2}, "aten"),
+        ((4, 16, 9, 9), (16, 16, 1, 1), {"dtype": torch.float64}, "aten"),
         ((999, 32, 3, 3), (32, 32, 3, 3), {}, "aten"),
         ((2, 16, 9, 9), (16, 16, 3, 3), {"padding": 3}, "aten"),
         ((2, 16, 9, 9), (15, 16, 3, 3), {}, "aten"),
@@ -101,7 +107,7 @@ def run(function, x, w, b, upstream=None, **options):
 @pytest.mark.parametrize(
     "pool", [{"pool_size": 2}, {"pool_size": 3, "pool_stride": 2}, None], ids=["2x2", "3x3", "none"]
 )
-@pytest.mark.parametrize("channels", [1, 6], ids=["direct", "aten"])
+@pytest.mark.parametrize("channels", [1, 6, 20], ids=["direct", "aten", "1x1"])
 def test_special_values(variant, channels, pool, layout):
     """NaN, infinities, -0 and ties as in eager PyTorch, in outputs and in gradients: 1x1 kernels keep them apart."""
     x = exact(2, channels, 13, 11)

@@ -9,10 +9,9 @@
 //        ⎢0  2 −1 −2 1 0⎥        ⎢ 1/24 −1/12  1/6⎥        ⎣0 1 −1 8 −8 1⎦
 //        ⎣0  4  0 −5 0 1⎦        ⎣  0      0    1 ⎦
 #pragma once
-#include <type_traits>
-
 #include "cpu/kernels.h"
 #include "cpu/kernels/conv2d_layout.h"
+#include "cpu/kernels/multiply.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -20,24 +19,10 @@ namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-constexpr int kTile = 4;     // outputs of a tile, per dimension
-constexpr int kPatch = 6;    // inputs they depend on
-constexpr int kPoints = 36;  // products that replace 16 * 9
-constexpr int kPanel = 16;   // output channels that lie together in the transformed weight, on every instruction set
-constexpr int kSkew = 16;    // floats between the matrices of two points: else all 36 may fall into one set of the L1
-using V = Vec<float>;
+constexpr int kTile = 4;             // outputs of a tile, per dimension
+constexpr int kPatch = 6;            // inputs they depend on
+constexpr int kPoints = 36;          // products that replace 16 * 9
 using Bytes = BytesOf<float>::type;  // the codes of a vector of channels
-
-PYFUSED_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
-// body(std::integral_constant<int, n>) for 1 <= n <= Max: register blocks need their size at compile time.
-template <int Max, class Body>
-PYFUSED_INLINE void with_constant(int n, const Body& body) {
-  if (n == Max)
-    body(std::integral_constant<int, Max>{});
-  else if constexpr (Max > 1)
-    with_constant<Max - 1>(n, body);
-}
 
 // --- One-dimensional transforms of vectors `s` apart (each lane is a channel).
 PYFUSED_INLINE void times_bt(V* d, int s) {
@@ -252,35 +237,6 @@ void transform_tiles(const Source& source, const Grid& grid, int64_t first, int6
     if (c < source.channels)
       transform_one<P, false>(source, tile.n, tile.h - pad_h, tile.w - pad_w, c, out + c, point_stride);
   }
-}
-
-// --- The matrix product: m[r][h] (+)= ∑_k a[r, k] * b[k, h] for R rows and B vectors, held in registers. 6 x 4 fills
-// 32 registers, 6 x 2 fills 16.
-constexpr int kRows = 6;
-constexpr int kVectors = lanes<float> == 16 ? 4 : 2;
-
-template <int R, int B, bool Add>
-PYFUSED_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
-                             int64_t b_step, int64_t depth, float* m, int64_t m_row) {
-  V sum[R][B] = {};
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    V right[B];
-#pragma GCC unroll 4
-    for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      V left = splat(a[r * a_row]);
-#pragma GCC unroll 4
-      for (int h = 0; h < B; ++h) sum[r][h] += left * right[h];
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int h = 0; h < B; ++h) {
-      float* p = m + r * m_row + h * lanes<float>;
-      store(p, Add ? load(p) + sum[r][h] : sum[r][h]);
-    }
 }
 
 // --- Checks

@@ -1,7 +1,8 @@
-"""conv2d_relu and conv2d_relu_max_pool2d on the CPU: three algorithms, chosen by `algorithm`.
+"""conv2d_relu and conv2d_relu_max_pool2d on the CPU: four algorithms, chosen by `algorithm`.
 
 direct      own kernel for few input channels (first layers), either layout: bias, ReLU and 2x2 pooling in registers.
 winograd    own kernel for 3x3 with stride 1 in channels_last; F(4x4, 3x3), error about 1e-5 of the output's scale.
+1x1         own matrix product for 1x1 kernels with stride 1 in float32, either layout, bias, ReLU and mask inside.
 aten        PyTorch's convolution (oneDNN) in the layout given, then one pass of ours: ReLU, or ReLU with pooling; in
             backward one pass that masks or unpools the gradient and sums it up to the bias gradient.
 """
@@ -21,7 +22,7 @@ LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth rememberin
 
 
 def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
-    """The algorithm that takes a convolution: "direct", "winograd" or "aten". Arguments as the registered op's."""
+    """The algorithm that takes a convolution: "direct", "winograd", "1x1" or "aten". Arguments: the registered op's."""
     c_out, c_in, kh, kw = weight.shape
     if groups != 1 or tuple(dilation) != (1, 1):
         return "aten"
@@ -30,12 +31,16 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
         return "winograd"
     if c_in <= 4 and max(kh, kw) <= 7 and max(stride) <= 2 and input.dtype != torch.float64:
         return "direct"
-    if winograd and op.allowed_algorithms() == "auto" and min(c_in, c_out) >= 16 and _C.isa() != "baseline":
-        # Not on SSE2, whose vectors of 4 lose to oneDNN. And the products saved must pay for the weight's transform,
-        # which costs as much as some hundred positions: 9 products a position against 36 a tile, used or not.
-        n, _, height, width = op.output_shape(input, weight, stride, padding, dilation)
-        if n * (9 * height * width - 36 * -(-height // 4) * -(-width // 4)) >= WINOGRAD_SAVES:
-            return "winograd"
+    if min(c_in, c_out) < 16 or _C.isa() == "baseline" or input.dtype != torch.float32:
+        return "aten"  # oneDNN is ahead on SSE2, whose vectors of 4 lose
+    n, _, height, width = op.output_shape(input, weight, stride, padding, dilation)
+    # The products saved must pay for the weight's transform, which costs as much as some hundred positions: 9 products
+    # a position against 36 a tile, used or not.
+    saves = n * (9 * height * width - 36 * -(-height // 4) * -(-width // 4))
+    if winograd and op.allowed_algorithms() == "auto" and saves >= WINOGRAD_SAVES:
+        return "winograd"
+    if (kh, kw) == (1, 1) and tuple(stride) == (1, 1) and max(padding) == 0 and n * height * width >= 256:
+        return "1x1"  # from there on packing the weight costs nothing
     return "aten"
 
 
@@ -98,6 +103,9 @@ def forward(*args):
     out = cached(op.alloc(*args))
     if chosen == "direct":
         _C.conv2d_direct(out, None, input, weight, bias, *stride, *padding, threads)
+        return out
+    if chosen == "1x1":
+        _C.conv2d_1x1(out, _dense(input, out), weight, bias, threads)
         return out
     result = _channels_last(out, fill=False)
     _C.conv2d_winograd(result, _channels_last(input), _transformed(weight), bias, *padding, True, threads)
@@ -165,8 +173,15 @@ def _native_backward(grad, input, weight, saved, options, needed):
     chosen = algorithm(input, weight, None, *options)
     if not needed[1] or chosen == "aten" or (chosen == "direct" and needed[0]):
         return None
+    if chosen == "1x1" and saved.dtype == torch.uint8:
+        return None
     d_input, d_weight, d_bias = map(cached, op.alloc_grads(input, weight, needed))
     bias = d_bias if needed[2] else None
+    if chosen == "1x1":
+        layout = _dense(input, grad)
+        result = d_input if needed[0] else None
+        _C.conv2d_1x1_backward(result, d_weight, bias, grad, saved, layout, weight, threads)
+        return d_input, d_weight, d_bias
     if chosen == "direct":
         _C.conv2d_direct_backward_weight(d_weight, bias, grad, saved, input, *options[0], *padding, threads)
         return d_input, d_weight, d_bias

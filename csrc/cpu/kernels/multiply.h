@@ -1,0 +1,65 @@
+// The matrix product that the convolutions are made of: a block of rows times vectors of columns, held in registers.
+#pragma once
+#include <type_traits>
+
+#include "cpu/simd.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+namespace {
+
+constexpr int kPanel = 16;  // columns that lie together in a packed matrix, on every instruction set
+constexpr int kSkew = 16;   // floats added to a stride that might be a power of two: such lines share one set of the L1
+using V = Vec<float>;
+
+PYFUSED_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// body(std::integral_constant<int, n>) for 1 <= n <= Max: register blocks need their size at compile time.
+template <int Max, class Body>
+PYFUSED_INLINE void with_constant(int n, const Body& body) {
+  if (n == Max)
+    body(std::integral_constant<int, Max>{});
+  else if constexpr (Max > 1)
+    with_constant<Max - 1>(n, body);
+}
+
+// 6 rows by 4 vectors fill 32 registers, 6 by 2 fill 16.
+constexpr int kRows = 6;
+constexpr int kVectors = lanes<float> == 16 ? 4 : 2;
+
+// finish(r, h, ∑_k a[r, k] * b[k, h]) for R rows and B vectors.
+template <int R, int B, class Finish>
+PYFUSED_INLINE void multiply_with(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
+                                  int64_t b_step, int64_t depth, const Finish& finish) {
+  V sum[R][B] = {};
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+    V right[B];
+#pragma GCC unroll 4
+    for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      V left = splat(a[r * a_row]);
+#pragma GCC unroll 4
+      for (int h = 0; h < B; ++h) sum[r][h] += left * right[h];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int h = 0; h < B; ++h) finish(r, h, sum[r][h]);
+}
+
+// m[r][h] (+)= that.
+template <int R, int B, bool Add>
+PYFUSED_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
+                             int64_t b_step, int64_t depth, float* m, int64_t m_row) {
+  multiply_with<R, B>(a, a_row, a_step, b, b_vector, b_step, depth,
+                      [&](int r, int h, V sum) __attribute__((always_inline)) {
+                        float* p = m + r * m_row + h * lanes<float>;
+                        store(p, Add ? load(p) + sum : sum);
+                      });
+}
+
+}  // namespace
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused
