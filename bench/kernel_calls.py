@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import sys
+import threading
 from array import array
 
 PAGE = 4096
@@ -143,14 +144,20 @@ def winograd_cases():
         oh, ow = h + 2 * pad - 2, w + 2 * pad - 2
         x, y, saved, grad = Tensor(n, c, h, w, last=True), *(Tensor(n, out, oh, ow, last=True) for _ in range(3))
         weight, bias, weight_grad = Tensor(out, c, 3, 3), Tensor(out), Tensor(out, c, 3, 3)
-        transformed, backward = (Tensor(36 * a * (-(-b // 16) * 16)) for a, b in ((c, out), (out, c)))
-        yield "conv2d_winograd_transform_weight", text, (transformed, weight, False, 1)
-        yield "conv2d_winograd_transform_weight", text + " transposed", (backward, weight, True, 1)
-        yield "conv2d_winograd", text, (y, x, transformed, bias, pad, pad, True, 1)
+        transformed = Tensor(36 * (c * (-(-out // 16) * 16) + 16))
+        yield "conv2d_winograd_transform_weight", text, (transformed, weight, 1)
+        yield "conv2d_winograd", text + " transformed", (y, x, transformed, bias, pad, pad, True, 1)
+        yield "conv2d_winograd", text, (y, x, weight, bias, pad, pad, True, 1)
         pooled = [Tensor(n, out, oh // 2, ow // 2, dtype=dtype, last=True) for dtype in ("float32", "uint8")]
-        yield "conv2d_winograd_pool", text, (*pooled, x, transformed, bias, pad, pad, 1)
-        yield "conv2d_winograd_backward_input", text, (x, grad, saved, backward, pad, pad, 1)
+        yield "conv2d_winograd_pool", text, (*pooled, x, weight, bias, pad, pad, 1)
+        yield "conv2d_winograd_backward_input", text, (x, grad, saved, weight, pad, pad, 1)
         yield "conv2d_winograd_backward_weight", text, (weight_grad, bias, grad, saved, x, pad, pad, 1)
+
+
+def one_by_one_cases():
+    for last in (False, True):
+        x, y = Tensor(2, 45, 27, 29, last=last), Tensor(2, 70, 27, 29, last=last)
+        yield "conv2d_1x1", f"2x45x27x29->70 {'NHWC' if last else 'NCHW'}", (y, x, Tensor(70, 45, 1, 1), Tensor(70), 1)
 
 
 def epilogue_cases():
@@ -182,7 +189,14 @@ def embedding_cases():
 
 def cases():
     """Every case: kernel, a text that tells it from the kernel's others, arguments."""
-    for family in (cross_entropy_cases, direct_cases, winograd_cases, epilogue_cases, embedding_cases):
+    for family in (
+        cross_entropy_cases,
+        direct_cases,
+        winograd_cases,
+        one_by_one_cases,
+        epilogue_cases,
+        embedding_cases,
+    ):
         yield from family()
 
 
@@ -202,4 +216,12 @@ def main(extension: str, isas: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    # In a thread, whose stack starts at a page: the main thread's starts below the environment and the arguments, and
+    # how a buffer on it is aligned changes what memcpy executes.
+    failed = []
+    report = threading.excepthook
+    threading.excepthook = lambda error: (report(error), failed.append(error.exc_type))
+    thread = threading.Thread(target=main, args=(sys.argv[1], sys.argv[2:]))
+    thread.start()
+    thread.join()
+    sys.exit(bool(failed))

@@ -2,7 +2,7 @@
 
 direct      own kernel for few input channels (first layers), either layout: bias, ReLU and 2x2 pooling in registers.
 winograd    own kernel for 3x3 with stride 1 in channels_last; F(4x4, 3x3), error about 1e-5 of the output's scale.
-1x1         own matrix product for 1x1 kernels with stride 1 in float32, either layout, bias, ReLU and mask inside.
+1x1         own matrix product for 1x1 kernels with stride 1, float32, either layout, ReLU inside; forward only.
 aten        PyTorch's convolution (oneDNN) in the layout given, then one pass of ours: ReLU, or ReLU with pooling; in
             backward one pass that masks or unpools the gradient and sums it up to the bias gradient.
 """
@@ -171,17 +171,10 @@ def _native_backward(grad, input, weight, saved, options, needed):
     _, padding, _, _ = options
     threads = torch.get_num_threads()
     chosen = algorithm(input, weight, None, *options)
-    if not needed[1] or chosen == "aten" or (chosen == "direct" and needed[0]):
-        return None
-    if chosen == "1x1" and saved.dtype == torch.uint8:
+    if not needed[1] or chosen in ("aten", "1x1") or (chosen == "direct" and needed[0]):
         return None
     d_input, d_weight, d_bias = map(cached, op.alloc_grads(input, weight, needed))
     bias = d_bias if needed[2] else None
-    if chosen == "1x1":
-        layout = _dense(input, grad)
-        result = d_input if needed[0] else None
-        _C.conv2d_1x1_backward(result, d_weight, bias, grad, saved, layout, weight, threads)
-        return d_input, d_weight, d_bias
     if chosen == "direct":
         _C.conv2d_direct_backward_weight(d_weight, bias, grad, saved, input, *options[0], *padding, threads)
         return d_input, d_weight, d_bias
