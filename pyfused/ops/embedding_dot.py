@@ -158,10 +158,12 @@ class _EmbeddingDotUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, user, item, user_weight, item_weight, user_bias, item_bias, padding, optimizer):
-        ctx.save_for_backward(user, item, user_weight, item_weight, user_bias, item_bias)
+        # The tables themselves: what save_for_backward gives back may be a copy (checkpointing, saved tensor hooks).
+        ctx.save_for_backward(user, item)
+        ctx.tables = (user_weight, item_weight, user_bias, item_bias)
+        ctx.versions = _versions(ctx.tables)
         ctx.padding, ctx.optimizer = padding, optimizer
-        ctx.tables = (user_weight, item_weight, user_bias, item_bias)  # activation checkpointing saves aliases of them
-        return _forward(user, item, user_weight, item_weight, user_bias, item_bias)
+        return _forward(user, item, *ctx.tables)
 
     @staticmethod
     def backward(ctx, grad):
@@ -170,32 +172,27 @@ class _EmbeddingDotUpdate(torch.autograd.Function):
                 "pyfused.embedding_dot: with optimizer=..., the backward changes the tables: it cannot be"
                 " differentiated (create_graph=True)"
             )
-        try:
-            user, item, *_ = ctx.saved_tensors
-        except RuntimeError as error:
+        if _versions(ctx.tables) != ctx.versions:
             raise RuntimeError(
                 "pyfused.embedding_dot: a table was changed after this forward and before its backward. With"
                 " optimizer=..., the backward itself changes the tables: it can run once, and a table can be in one"
-                f" embedding_dot of a graph (to score several items of a user, give item as [B, K]). {error}"
-            ) from error
+                " embedding_dot of a graph (to score several items of a user, give item as [B, K])"
+            )
+        user, item = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[2:6])
         changed = [table for table, need in zip(ctx.tables, needed) if need]
-        ctx.optimizer.step_in_backward(
-            changed,
-            lambda rule, state, settings: update(
-                grad,
-                user,
-                item,
-                *ctx.tables,
-                state,
-                [-1 if row is None else row for row in ctx.padding],
-                needed,
-                rule,
-                settings,
-            ),
-        )
+
+        def step(rule, state, settings):
+            padding = [-1 if row is None else row for row in ctx.padding]
+            update(grad, user, item, *ctx.tables, state, padding, needed, rule, settings)
+
+        ctx.optimizer.step_in_backward(changed, step)
         torch.autograd.graph.increment_version(changed)  # so that autograd sees what else saved the old tables
         return (None,) * 8
+
+
+def _versions(tables) -> list[int]:
+    return [table._version for table in tables if table is not None]
 
 
 @torch.compiler.disable(reason="pyfused.embedding_dot(optimizer=...) changes the tables in its backward")
@@ -212,9 +209,8 @@ def _no_update(given, tables, optimizer) -> str | None:
     for name, table in zip(("user_weight", "item_weight", "user_bias", "item_bias"), given[2:]):
         if table is not None and table.requires_grad and id(table) not in known:
             return f"{name} requires a gradient but is none of the optimizer's parameters"
-    if len({table.untyped_storage().data_ptr() for table in tables if table.numel()}) < sum(
-        table.numel() > 0 for table in tables
-    ):
+    places = [table.untyped_storage().data_ptr() for table in tables if table.numel()]
+    if len(set(places)) < len(places):
         return "tables that share memory cannot be updated in the backward: use sparse=True and a torch.optim optimizer"
     return None
 
