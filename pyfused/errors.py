@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from ._binary import _C
@@ -12,7 +14,7 @@ def check_errors(device: torch.device | int | str | None = None) -> None:
     call.
 
     On a GPU an op cannot raise without waiting. It makes the loss or score of such a row NaN and its gradient 0, and
-    leaves a note. The note is read, without waiting, by the next call of a CUDA kernel of pyfused, and here.
+    leaves a note. The note is read here; that of a CUDA kernel also, without waiting, by the next call of one.
 
     Raises:
         IndexError: naming the argument, the position and the value, as on the CPU.
@@ -21,3 +23,5 @@ def check_errors(device: torch.device | int | str | None = None) -> None:
         torch.cuda.synchronize(device)
     if hasattr(_C, "cuda_check_errors"):
         _C.cuda_check_errors()
+    if triton := sys.modules.get(f"{__package__}.backends.triton.common"):
+        triton.check_errors()

@@ -1,6 +1,12 @@
-"""Fixtures shared by all tests: every usable backend and instruction set; what is missing skips with its reason."""
+"""Fixtures shared by all tests: every usable backend and instruction set; what is missing skips with its reason.
+
+With TRITON_INTERPRET=1 in the environment this is another session: only the tests of the Triton backend, whose kernels
+then run on CPU tensors (test_triton.py starts it). Of the case table every case runs at one dtype, in turn; with --full
+at all.
+"""
 
 import contextlib
+import os
 
 import emulated
 import pytest
@@ -11,14 +17,51 @@ from pyfused import _binary, dispatch
 from pyfused.fusion import measure
 
 VARIANTS = ["reference", "cpu-baseline", "cpu-avx2", "cpu-avx512", "cuda", "cuda-emulated", "triton"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETER_BUDGET = 5_000  # elements of a case
 
 
 def pytest_addoption(parser):
     parser.addoption("--emulate-all", action="store_true", help="emulate a GPU for large cases, too (minutes)")
+    parser.addoption("--full", action="store_true", help="with TRITON_INTERPRET=1: every case at every dtype")
 
 
 def pytest_configure(config):
     torch.set_num_threads(2)  # as many as the smallest supported machine has; more than one, to reach the parallel code
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions on a GPU are judged as float32
+    if INTERPRETED:
+        import triton_interpreter
+
+        triton_interpreter.install()
+
+
+def pytest_collection_modifyitems(config, items):
+    if not INTERPRETED:
+        return
+    full = config.getoption("--full")
+    chosen = [item for item in items if runs_triton(item) and (full or is_in_trimmed_set(item))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def runs_triton(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "case" in parameters and "triton" not in dispatch.TABLE[parameters["case"].op]:
+        return False
+    if {"forward", "backward"} <= parameters.keys():
+        return {parameters["forward"], parameters["backward"]} == {"cpu", "triton"}
+    return parameters.get("variant") == "triton"
+
+
+def is_in_trimmed_set(item) -> bool:
+    """Small cases, each at one dtype, in turn."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "case" not in parameters:
+        return True
+    case = parameters["case"]
+    if emulated.too_large(case, INTERPRETER_BUDGET):
+        return False
+    return "dtype" not in parameters or parameters["dtype"] == case.dtypes[sum(case.id.encode()) % len(case.dtypes)]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -37,7 +80,7 @@ def variant(request):
             stack.enter_context(instruction_set(how))
         skip_without_kernel(request, backend)
         stack.enter_context(pyfused.use_backend(backend))
-        yield "cuda" if backend in ("cuda", "triton") and how != "emulated" else "cpu"
+        yield device_of(backend)
 
 
 @contextlib.contextmanager
@@ -61,3 +104,8 @@ def fused_wins(monkeypatch, tmp_path):
     """pyfused.fuse without a timer: fused calls take half as long. Its cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(measure, "seconds", lambda eager, fused: [2.0, 1.0])
+
+
+def device_of(backend: str) -> str:
+    """Where a backend's tensors live: a GPU backend that is usable without a GPU runs on CPU tensors."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accuracy import check, eager, eager_rounding, gradients_of, on, public, to_float64
 from cases import CASES
+from conftest import device_of
 
 import pyfused
 
@@ -30,9 +31,10 @@ USABLE = [name for name, reason in pyfused.available_backends().items() if reaso
 def test_any_forward_pairs_with_any_backward(case, forward, backward):
     if forward == backward:
         pytest.skip("the same backend twice: test_backward does that")
-    device = "cuda" if {forward, backward} & {"cuda", "triton"} else "cpu"
-    if device == "cuda" and "cpu" in (forward, backward):
+    devices = {device_of(b) for b in (forward, backward) if b != "reference"}
+    if len(devices) > 1:
         pytest.skip("the cpu backend and a GPU backend serve different devices")
+    device = devices.pop()
     arguments = case.arguments(torch.float32)
     moved = on(device, arguments)
     with pyfused.use_backend(forward):

@@ -1,10 +1,5 @@
 """The fast backends. Importing this fills pyfused.dispatch's table; what cannot be used is recorded with its reason."""
 
-import importlib
-import importlib.util
-
-import torch
-
 from .. import _binary
 from ..dispatch import UNAVAILABLE
 
@@ -13,12 +8,12 @@ if _binary.why_not:
 else:
     from . import cpu  # noqa: F401
 
-from . import cuda
+from . import cuda, triton
 
 if reason := cuda.unavailable():
     UNAVAILABLE["cuda"] = reason
 
-if not torch.cuda.is_available():
-    UNAVAILABLE["triton"] = "PyTorch sees no GPU (torch.cuda.is_available() is False)"
-elif importlib.util.find_spec("triton") is None:
-    UNAVAILABLE["triton"] = "the package triton is not installed"
+if reason := triton.unavailable():
+    UNAVAILABLE["triton"] = reason
+else:
+    triton.load()

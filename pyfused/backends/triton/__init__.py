@@ -1,0 +1,34 @@
+"""The Triton backend: adapters from registered ops to Triton kernels, one file per op.
+
+Nothing here imports the package triton before `load`. With TRITON_INTERPRET=1 in the environment, kernels run on CPU
+tensors in Triton's interpreter, very slowly and only where this backend is forced: that is how they are tested without
+a GPU.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+from ...dispatch import ORDER
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Why no Triton kernel can run here, or None."""
+    if not interpreted() and not torch.cuda.is_available():
+        return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+def load() -> None:
+    """Enter the kernels into the dispatch table."""
+    from . import cross_entropy, embedding_dot, in_batch_cross_entropy, linear_cross_entropy  # noqa: F401
+
+    if interpreted():
+        ORDER["cpu"] += ("triton",)  # after the reference, which takes everything: only when forced

@@ -1,0 +1,114 @@
+"""What the Triton kernels share: launch parameters, the error flag, elementary functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import dispatch
+
+AUTOTUNE = os.environ.get("PYFUSED_AUTOTUNE", "0") == "1"
+_chosen: dict[Hashable, int] = {}
+
+
+def choose(key: Hashable, candidates: Sequence, run: Callable | None):
+    """The candidate for which `run(candidate)` is fastest; without PYFUSED_AUTOTUNE=1 the first, a rule of thumb.
+
+    Measured once per key and process, by running each of a handful for some 20 ms: at the first call, never within a
+    CUDA graph. run=None: it must not run twice; take what another call with this key measured.
+    """
+    if not AUTOTUNE or len(candidates) == 1:
+        return candidates[0]
+    if key not in _chosen and run is not None and not torch.cuda.is_current_stream_capturing():
+        times = [triton.testing.do_bench(lambda c=c: run(c), warmup=5, rep=20) for c in candidates]
+        _chosen[key] = times.index(min(times))
+    return candidates[_chosen.get(key, 0)]
+
+
+def bucket(n: int) -> int:
+    """Sizes that share a measurement: those with the same next power of two."""
+    return triton.next_power_of_2(max(n, 1))
+
+
+def kernel(op: str, cannot: Callable[..., str | None]) -> Callable:
+    """dispatch.kernel for this backend, run with the tensors' device current: Triton launches there."""
+
+    def enter(run: Callable) -> Callable:
+        def on_device(*args):
+            device = args[0].device
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                return run(*args)
+            with torch.cuda.device(device):
+                return run(*args)
+
+        return dispatch.kernel(op, "triton", cannot)(on_device)
+
+    return enter
+
+
+ARGUMENTS = ("target", "user", "item")
+_index_errors: dict[torch.device, torch.Tensor] = {}
+
+
+def index_errors(device: torch.device) -> torch.Tensor:
+    """For each of ARGUMENTS 1 + the last position that held a label or an id out of range, 0 if none did."""
+    if device not in _index_errors:
+        _index_errors[device] = torch.zeros(len(ARGUMENTS), dtype=torch.int64, device=device)
+    return _index_errors[device]
+
+
+def check_errors() -> None:
+    """Raise IndexError for what was found since the last call. Waits for the devices."""
+    for device, errors in _index_errors.items():
+        found = errors.tolist()
+        errors.zero_()
+        for name, position in zip(ARGUMENTS, found):
+            if position:
+                raise IndexError(
+                    f"{name} is out of bounds at position {position - 1} (of its flattened form), on {device}"
+                )
+
+
+@triton.jit
+def report_index_error(errors, ARGUMENT: tl.constexpr, position, bad):
+    tl.atomic_max(errors + ARGUMENT + tl.zeros(position.shape, tl.int32), position + 1, mask=bad, sem="relaxed")
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.4426950408889634 - 1.44269502162933349609375)  # beyond float32
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exp(x, PRECISE: tl.constexpr):
+    """exp(x) for x <= 0 (or NaN). The hardware's exp2 of the rounded product x log2(e) errs by |x| 2^-24, too much for
+    the small exponentials of a confident row: PRECISE puts back what the product lost, for 4 more instructions."""
+    if PRECISE and x.dtype == tl.float32:
+        x = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)  # or -inf - -inf below; exp(-200) is 0
+        product = x * LOG2E
+        lost = tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -product) + x * LOG2E_LOW
+        return tl.exp2(product) * (1.0 + lost * LN2)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) with the digits of a small x (Higham 2002, section 1.14.1)."""
+    u = 1.0 + x
+    d = u - 1.0
+    return tl.where(d == 0.0, x, tl.where(u == float("inf"), u, tl.log(u) * (x / tl.where(d == 0.0, 1.0, d))))
+
+
+@triton.jit
+def tanh(x):
+    """Rational below 0.35, where (1 - t) / (1 + t) cancels (Lambert's continued fraction, error below 1e-17)."""
+    s = x * x
+    small = x * (135135.0 + s * (17325.0 + s * (378.0 + s))) / (135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)))
+    t = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - t) / (1.0 + t)
+    return tl.where(tl.abs(x) < 0.35, small, tl.where(x < 0, -large, large))

@@ -1,0 +1,32 @@
+"""linear_cross_entropy on a GPU: the BLAS for the products, cross_entropy's kernels on chunks of logits between.
+
+Bytes   logits of a chunk are written by the product, read by the loss, read and written by its gradient, read twice by
+        the products that follow: 6 N V elements, and linear_weight and its gradient once per chunk. Arithmetic rules:
+        6 N D V flops; N = 8192, D = 4096, V = 128256 in bfloat16 on an H100 (800 TFLOP/s): 32 ms, the logits 4 ms.
+"""
+
+from ...ops import linear_cross_entropy as op
+from . import cross_entropy
+from .common import kernel
+
+
+def _chunk(input, linear_weight):
+    """A buffer for some rows of logits: 256 MiB, but at least 1024 rows, enough to fill the processors with tiles."""
+    rows, classes = input.shape[0], linear_weight.shape[0]
+    most = max(1024, (256 << 20) // (classes * input.element_size()))
+    chunks = max(1, -(-rows // most))
+    return input.new_empty(max(1, -(-rows // chunks)), classes)  # chunks of equal length
+
+
+def cannot(input, linear_weight, *args) -> str | None:
+    return cross_entropy.cannot(linear_weight.t())
+
+
+@kernel("linear_cross_entropy", cannot)
+def forward(input, linear_weight, *rest):
+    return op.run_forward(_chunk(input, linear_weight), input, linear_weight, *rest)
+
+
+@kernel("linear_cross_entropy_backward", lambda grad_loss, *args: cannot(*args))
+def backward(grad_loss, input, linear_weight, *rest):
+    return op.run_backward(_chunk(input, linear_weight), grad_loss, input, linear_weight, *rest)

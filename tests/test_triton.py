@@ -1,0 +1,24 @@
+"""The Triton backend without a GPU: the case table in Triton's interpreter, in a process of its own, since a process
+compiles or interprets, whichever it began with. Every case: TRITON_INTERPRET=1 pytest --full tests."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+def test_case_table_in_the_interpreter():
+    files = [str(TESTS / name) for name in ("test_forward.py", "test_backward.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *files], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    passed = int(run.stdout.rsplit(" passed", 1)[0].split()[-1])
+    assert passed > 250  # the trimmed set did run
