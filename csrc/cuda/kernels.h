@@ -21,7 +21,13 @@ using Stream = CUstream_st*;  // cudaStream_t
      int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Stream stream))                      \
   K(cross_entropy_backward, (View grad_input, View grad_loss, View grad_lse, View input, View target, View weight,     \
                              View weight_sum, View stats, View total, int reduction, int64_t ignore_index,             \
-                             double label_smoothing, double z_loss, double softcap, Stream stream))
+                             double label_smoothing, double z_loss, double softcap, Stream stream))                    \
+  K(embedding_dot, (View out, View user, View item, View user_weight, View item_weight, View user_bias,                \
+                    View item_bias, Stream stream))                                                                    \
+  K(embedding_dot_keys, (View keys, View ids, int64_t rows, int64_t padding, Stream stream))                           \
+  K(embedding_dot_backward, (View weight_grad, View bias_grad, View occurring, View workspace, View grad, View keys,   \
+                             View order, View ranks, View other_ids, View other_weight, int64_t rows, Stream stream))  \
+  K(gather_rows, (View out, View ids, View table, double factor, bool of_items, Stream stream))
 
 namespace cuda {
 #define PYFUSED_DECLARE(name, arguments) Status name arguments;
