@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from . import dispatch
 
@@ -69,6 +70,17 @@ def undisturbed(args: tuple) -> bool:
         if type(a) in _TENSORS and (a.is_neg() or a.is_meta):
             return False
     return True
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work.
+
+    The registered ops know neither, and would lose a tangent without a word: there the public functions run their
+    reference. torch.compile deals with transforms by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional
+from .._library import is_transformed
 
 # What the shape, dtype and device of a tensor answer.
 _METADATA = {
@@ -108,7 +109,7 @@ def defer(rows, weight, bias) -> torch.Tensor:
     """The logits of a head, put off; at once where they cannot be."""
     plain = all(x is None or type(x) in (torch.Tensor, nn.Parameter) for x in (rows, weight, bias))
     recorded = torch.is_grad_enabled() and plain and (rows.requires_grad or weight.requires_grad)
-    if not recorded or rows.dim() < 2 or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+    if not recorded or rows.dim() < 2 or torch.compiler.is_compiling() or is_transformed():
         return F.linear(rows, weight, bias)
     return Deferred.of(rows, weight, bias)
 

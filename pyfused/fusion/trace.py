@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from .._library import is_transformed
 from . import conv, embedding, losses
 from .graph import Match, Refusal, compiled, distinct, hooked, rewrite
 
@@ -212,7 +213,7 @@ class Plan:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
         """The fused forward where what was traced holds, else the module's own."""
         code = self.code.get(module.training)
-        if code is not None:
+        if code is not None and not is_transformed():
             function, conditions = code
             tensors = self.signature.tensors(args, kwargs)
             if tensors is not None and all(_holds(module, *condition) for condition in conditions):

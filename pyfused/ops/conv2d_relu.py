@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 
-from .._library import define, differentiable_grads, needs_grad, reject
+from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -158,7 +158,8 @@ class _Conv2dReLU(torch.autograd.Function):
 def is_native(input, weight, bias) -> bool:
     """Whether these are tensors that the registered op takes; eager PyTorch judges and runs everything else."""
     return (
-        isinstance(input, torch.Tensor)
+        not is_transformed()
+        and isinstance(input, torch.Tensor)
         and isinstance(weight, torch.Tensor)
         and input.dtype in DTYPES
         and input.device.type in ("cpu", "cuda")
@@ -171,8 +172,10 @@ def is_native(input, weight, bias) -> bool:
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in the dtype that autocast gives to a convolution; float64 stays, as there."""
+    if not torch._C._is_any_autocast_enabled():  # also spares devices that have no autocast the question
+        return tensors
     device = next(x.device.type for x in tensors if isinstance(x, torch.Tensor))
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

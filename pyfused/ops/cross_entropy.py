@@ -20,7 +20,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .._library import define, differentiable_grads, needs_grad, reject
+from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
@@ -195,7 +195,7 @@ def _differentiable(ctx, input, target, weight, grad_loss, grad_lse):
 # --- Arguments
 def is_native(input, target, weight) -> bool:
     """Whether the registered op takes these; eager PyTorch judges and runs everything else."""
-    if not (isinstance(input, torch.Tensor) and isinstance(target, torch.Tensor)):
+    if not (isinstance(input, torch.Tensor) and isinstance(target, torch.Tensor)) or is_transformed():
         return False
     if input.dtype not in DTYPES or input.dim() == 0 or not (input.is_cpu or input.is_cuda):
         return False

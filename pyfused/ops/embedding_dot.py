@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .._library import define, differentiable_grads, needs_grad, reject
+from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
 from .embedding_dot_update import update
 
 if TYPE_CHECKING:
@@ -289,6 +289,8 @@ def embedding_dot(
     given = (user, item, user_weight, item_weight, user_bias, item_bias)
     if problem := _problem(*given, padding):
         reject("embedding_dot", problem, reference, *given, padding_idx=padding_idx, sparse=sparse)
+    if optimizer is None and is_transformed():
+        return reference(*given, padding_idx=padding_idx, sparse=sparse)
     if not needs_grad(*given[2:]):
         return _forward(*given)
     if sparse and optimizer is None and torch.compiler.is_compiling():

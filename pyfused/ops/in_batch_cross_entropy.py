@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .._library import define, differentiable_grads, needs_grad, reject
+from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
 from . import embedding_dot as dot
 from . import linear_cross_entropy as linear
 from .cross_entropy import DTYPES, REDUCTIONS, arithmetic_dtype
@@ -253,8 +253,10 @@ def in_batch_cross_entropy(
     """
     given = (user, item, user_weight, item_weight, item_bias)
     problem = _problem(*given, log_q, scale, reduction)
-    if problem:
+    if problem or is_transformed():
         options = {"log_q": log_q, "scale": scale, "mask_accidental_hits": mask_accidental_hits, "reduction": reduction}
+        if not problem:
+            return reference(*given, **options)
         reject("in_batch_cross_entropy", problem, reference, *given, **options)
     bias = None if item_bias is None else item_bias.reshape(-1)
     args = (user, item, user_weight, item_weight, bias, log_q)

@@ -215,7 +215,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        *given, total, stats = ctx.saved_tensors[:7]
+        *given, total, stats = (saved := ctx.saved_tensors)[:7]  # once: activation checkpointing allows no second look
         reduction, *options = ctx.options
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -223,8 +223,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif reduction == _NONE:
             grads = _backward(grad_loss, *given, total, stats, needed, *options)
         else:
-            if len(ctx.saved_tensors) > 7:
-                grads = [d * grad_loss for d in ctx.saved_tensors[7:]]
+            if len(saved) > 7:
+                grads = [d * grad_loss for d in saved[7:]]
             else:  # a second backward computes them again, to the same bits
                 grads = ctx.grads or _forward(*given, needed, *ctx.options)[3:]
                 ctx.grads = None
