@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
+import mmap
 import os
 import sys
 import threading
@@ -59,6 +60,29 @@ def _capsule(pointer, name: bytes):
 API, API_NAME = ExchangeAPI(version=(1, 3), view_from_object=view_from_object), b"dlpack_exchange_api"
 
 
+class Arena:
+    """Memory for the tensors of a family of cases, one after the other, always in the same order: where the compiler
+    makes a loop that asks whether two buffers overlap, how much it executes depends on which of them comes first."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = mmap.mmap(-1, size)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.end, self.next = self.start + size, self.start
+
+    def reset(self) -> None:
+        self.next = self.start
+
+    def take(self, size: int) -> int:
+        data = self.next
+        self.next += (size + PAGE) // PAGE * PAGE
+        if self.next > self.end:
+            raise MemoryError("the cases of this family need a larger arena")
+        return data
+
+
+arena = Arena(64 << 20)
+
+
 class Tensor:
     """A tensor of `shape`, filled from `pattern`; a 4-d one is channels_last if `last`."""
 
@@ -67,16 +91,15 @@ class Tensor:
     def __init__(self, *shape: int, dtype: str = "float32", last: bool = False, below: int = PERIOD) -> None:
         kind, bits = DTYPES[dtype]
         size = math.prod(shape) * bits // 8
-        self.buffer = ctypes.create_string_buffer(size + PAGE)
-        start = -ctypes.addressof(self.buffer) % PAGE
+        data = arena.take(size)
         block = pattern(dtype, below)
-        ctypes.memmove(ctypes.addressof(self.buffer) + start, block * (size // len(block) + 1), size)
+        ctypes.memmove(data, block * (size // len(block) + 1), size)
         order = (0, 2, 3, 1) if last else range(len(shape))  # dimensions from the outermost in memory
         strides, step = [0] * len(shape), 1
         for d in reversed(order):
             strides[d], step = step, step * shape[d]
         self.view = DLTensor(
-            ctypes.addressof(self.buffer) + start,
+            data,
             (1, 0),
             len(shape),
             kind,
@@ -197,6 +220,7 @@ def cases():
         epilogue_cases,
         embedding_cases,
     ):
+        arena.reset()
         yield from family()
 
 
