@@ -48,6 +48,21 @@ def test_memory_is_reused_and_bounded():
     assert memory.cache_held() == 0, "a block over the limit goes back to the system"
 
 
+def test_sizes_no_longer_asked_for_make_room():
+    memory.set_cache_limit(9_000_000)
+    old, kept = memory.cached(torch.empty(1000, 1000)), memory.cached(torch.empty(600, 1000))
+    address = kept.data_ptr()
+    del old, kept
+    new = memory.cached(torch.empty(500, 1000))
+    del new
+    assert memory.cache_held() <= 9_000_000
+    big = memory.cached(torch.empty(800, 2000))
+    del big  # more than fits beside the others: the longest unused goes
+    assert memory.cache_held() <= 9_000_000
+    again = memory.cached(torch.empty(800, 2000))
+    assert memory.cache_held() < 9_000_000 - 6_400_000 + 1 and again.data_ptr() != address
+
+
 def test_empty_cache_gives_back():
     tensors = [memory.cached(torch.empty(1000, 1000)) for _ in range(3)]
     del tensors

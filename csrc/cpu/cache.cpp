@@ -1,6 +1,8 @@
 #include "cpu/cache.h"
 
+#include <cstdint>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <new>
@@ -14,9 +16,16 @@ namespace {
 
 constexpr std::size_t kHugePage = 2 << 20;
 
+struct Block {
+  void* memory;
+  std::uint64_t given;  // when, counted in blocks given
+};
+using Blocks = std::map<std::size_t, std::deque<Block>>;  // by size class; the longest unused first
+
 struct Cache {
   std::mutex mutex;
-  std::map<std::size_t, std::vector<void*>> free_blocks;  // by size class
+  Blocks free_blocks;
+  std::uint64_t given = 0;
   std::size_t held = 0;
   std::size_t limit = std::size_t{1} << 30;
 };
@@ -49,9 +58,23 @@ void* allocate(std::size_t size) {
   return block;
 }
 
-void release_all(std::map<std::size_t, std::vector<void*>>& blocks) {
-  for (auto& [size, list] : blocks)
-    for (void* block : list) std::free(block);
+// Takes the blocks that were unused for longest out of the cache until it holds at most `bytes`. The mutex is held.
+std::vector<void*> evict(Cache& c, std::size_t bytes) {
+  std::vector<void*> evicted;
+  while (c.held > bytes) {
+    auto oldest = c.free_blocks.begin();
+    for (auto list = oldest; list != c.free_blocks.end(); ++list)
+      if (list->second.front().given < oldest->second.front().given) oldest = list;
+    evicted.push_back(oldest->second.front().memory);
+    oldest->second.pop_front();
+    c.held -= oldest->first;
+    if (oldest->second.empty()) c.free_blocks.erase(oldest);
+  }
+  return evicted;
+}
+
+void release(const std::vector<void*>& blocks) {
+  for (void* block : blocks) std::free(block);
 }
 
 }  // namespace
@@ -61,9 +84,10 @@ void* cache_take(std::size_t bytes) {
   {
     std::lock_guard<std::mutex> lock(cache().mutex);
     auto found = cache().free_blocks.find(size);
-    if (found != cache().free_blocks.end() && !found->second.empty()) {
-      void* block = found->second.back();
+    if (found != cache().free_blocks.end()) {
+      void* block = found->second.back().memory;
       found->second.pop_back();
+      if (found->second.empty()) cache().free_blocks.erase(found);
       cache().held -= size;
       return block;
     }
@@ -73,15 +97,17 @@ void* cache_take(std::size_t bytes) {
 
 void cache_give(void* block, std::size_t bytes) {
   std::size_t size = size_class(bytes);
+  std::vector<void*> surplus = {block};
   {
     std::lock_guard<std::mutex> lock(cache().mutex);
-    if (cache().held + size <= cache().limit) {
-      cache().free_blocks[size].push_back(block);
-      cache().held += size;
-      return;
+    Cache& c = cache();
+    if (size <= c.limit) {
+      surplus = evict(c, c.limit - size);  // sizes that are no longer asked for make room for those that are
+      c.free_blocks[size].push_back({block, c.given++});
+      c.held += size;
     }
   }
-  std::free(block);
+  release(surplus);
 }
 
 std::size_t cache_held() {
@@ -90,22 +116,22 @@ std::size_t cache_held() {
 }
 
 void cache_empty() {
-  std::map<std::size_t, std::vector<void*>> blocks;
+  std::vector<void*> blocks;
   {
     std::lock_guard<std::mutex> lock(cache().mutex);
-    blocks.swap(cache().free_blocks);
-    cache().held = 0;
+    blocks = evict(cache(), 0);
   }
-  release_all(blocks);
+  release(blocks);
 }
 
 void cache_limit(std::size_t bytes) {
+  std::vector<void*> blocks;
   {
     std::lock_guard<std::mutex> lock(cache().mutex);
     cache().limit = bytes;
-    if (cache().held <= bytes) return;
+    blocks = evict(cache(), bytes);
   }
-  cache_empty();
+  release(blocks);
 }
 
 }  // namespace pyfused
