@@ -18,6 +18,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "op(*names): what a test with `variant` and neither `case` nor `op` runs")
     torch.set_num_threads(2)  # as many as the smallest supported machine has; more than one, to reach the parallel code
 
 
@@ -51,9 +52,12 @@ def instruction_set(isa):
 
 
 def skip_without_kernel(request, backend):
-    case = request.node.callspec.params.get("case")
-    if case and backend not in dispatch.TABLE[case.op]:
-        pytest.skip(f"the {backend} backend has no kernel for {case.op}")
+    """The op is that of the test's case, its parameter "op", or what @pytest.mark.op(...) names."""
+    given, marker = request.node.callspec.params, request.node.get_closest_marker("op")
+    ops = marker.args if marker else [given["case"].op if "case" in given else given["op"]]
+    for op in ops:
+        if backend not in dispatch.TABLE[op]:
+            pytest.skip(f"the {backend} backend has no kernel for {op}")
 
 
 @pytest.fixture
