@@ -233,7 +233,7 @@ def test_ignored_rows_keep_finite_statistics(cuda, shape):
 
 
 # --- embedding_dot and in_batch_cross_entropy beyond the case table
-@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+@pytest.mark.parametrize("bad", [-1, -2, 9, 2**40])
 @pytest.mark.parametrize("argument", ["user", "item"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_id_out_of_range(cuda, argument, bad, sparse):
@@ -265,6 +265,21 @@ def test_in_batch_id_out_of_range(cuda, argument):
     ids[argument][2] = 2**40
     with pytest.raises(IndexError, match=rf"{('user', 'item')[argument]} {2**40} .*\[2\]"):
         PF.in_batch_cross_entropy(*ids, torch.randn(9, 8), torch.randn(9, 8))  # of several kernels: raised between two
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_batch_chunks(cuda, monkeypatch, reduction):
+    """Smaller ones than a GPU's, so that a small batch has several, the last one shorter."""
+    adapter = pyfused.backends.cuda.in_batch_cross_entropy
+    ids = [torch.randint(9, (100,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    tables = [torch.randn(9, 8).requires_grad_() for _ in range(2)]
+    results = []
+    for rows in (100, 33):
+        monkeypatch.setattr(adapter, "_chunk", lambda table, batch: table.new_empty(rows, batch))  # noqa: B023
+        loss = PF.in_batch_cross_entropy(*ids, *tables, reduction=reduction)
+        results.append([loss, *torch.autograd.grad(loss.sum(), tables)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dim", [4, 24, 33, 130])
