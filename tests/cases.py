@@ -434,6 +434,15 @@ def strided_embedding(g):
     }
 
 
+def unaligned_embedding(g):
+    return {
+        "user": randint(g, 7, 5),
+        "item": randint(g, 9, 5, 3),
+        "user_weight": randn(g, 7, 17)[:, :16],
+        "item_weight": randn(g, 9, 24)[:, 1:17],
+    }
+
+
 EMBEDDING_DOT: list[Case] = [
     embedding_case("pairs", "[B] x [B], whole vectors only"),
     embedding_case(
@@ -476,6 +485,13 @@ EMBEDDING_DOT: list[Case] = [
         "strided ids, table rows with gaps, a transposed table",
         strided_embedding,
         ("user_weight", "item_weight", "user_bias"),
+    ),
+    Case(
+        "embedding_dot",
+        "unaligned",
+        "whole vectors, but at addresses that are no multiple of 16 bytes",
+        unaligned_embedding,
+        ("user_weight", "item_weight"),
     ),
     *(
         embedding_case(f"dim-{dim}", "tails: shorter than a vector, one past it, several widths", dim=dim, batch=30)

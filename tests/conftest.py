@@ -27,6 +27,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "op(*names): what a test with `variant` and neither `case` nor `op` runs")
     torch.set_num_threads(2)  # as many as the smallest supported machine has; more than one, to reach the parallel code
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions on a GPU are judged as float32
     if INTERPRETED:
@@ -94,10 +95,13 @@ def instruction_set(isa):
 
 
 def skip_without_kernel(request, backend):
-    case = request.node.callspec.params.get("case")
-    op = case.op if case else request.module.__name__.removeprefix("test_")  # a file of tests bears its op's name
-    if op in dispatch.TABLE and backend not in dispatch.TABLE[op]:
-        pytest.skip(f"the {backend} backend has no kernel for {op}")
+    """The op is that of the test's case, its parameter "op", what @pytest.mark.op(...) names, or that of its file."""
+    given, marker = request.node.callspec.params, request.node.get_closest_marker("op")
+    of_file = request.module.__name__.removeprefix("test_")
+    ops = marker.args if marker else [given["case"].op if "case" in given else given.get("op", of_file)]
+    for op in ops:
+        if op in dispatch.TABLE and backend not in dispatch.TABLE[op]:
+            pytest.skip(f"the {backend} backend has no kernel for {op}")
 
 
 @pytest.fixture

@@ -103,6 +103,7 @@ def run(function, x, w, b, upstream=None, **options):
     return [out.detach(), *grads]
 
 
+@pytest.mark.op("conv2d_relu", "conv2d_relu_max_pool2d")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
     "pool", [{"pool_size": 2}, {"pool_size": 3, "pool_stride": 2}, None], ids=["2x2", "3x3", "none"]

@@ -58,6 +58,7 @@ def ulps(got: torch.Tensor, truth) -> float:
 
 
 # --- Confident rows
+@pytest.mark.op("cross_entropy")
 @pytest.mark.parametrize("classes", [3, 64])
 @pytest.mark.parametrize("margin", [5.0, 17.0, 40.0, 80.0])
 def test_gradient_of_a_confident_row_is_kept(variant, classes, margin):

@@ -112,15 +112,19 @@ def test_forward_and_backward_pair_with_the_cpu_backend(case, forward, backward)
     with emulated.cuda_on_cpu():
         with pyfused.use_backend(forward):
             outputs = accuracy.outputs_of(accuracy.public(case.op), arguments)
-            expected = accuracy.gradients_of(accuracy.public(case.op), arguments, case.grad)
         g = torch.Generator().manual_seed(1)  # as gradients_of does
         upstream = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) for o in outputs]
         with pyfused.use_backend(backward):
             got = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(
-            accuracy.densify(torch.zeros_like(b) if a is None else a), accuracy.densify(b), equal_nan=True
-        )
+
+    def eager(given):
+        return accuracy.gradients_of(accuracy.eager(case.op), given, case.grad)
+
+    truth, at_dtype = eager(accuracy.to_float64(arguments)), eager(arguments)
+    rounding = accuracy.eager_rounding(eager, case, torch.float32)
+    for name, x, t, e, r in zip(case.grad, got, truth, at_dtype, rounding, strict=True):
+        x = torch.zeros_like(e) if x is None else x
+        accuracy.check(x, t, e, r, case.slack_for(torch.float32), f"{case.id} gradient of {name}")
 
 
 # --- cross_entropy beyond the case table
@@ -226,6 +230,77 @@ def test_ignored_rows_keep_finite_statistics(cuda, shape):
     target.fill_(-100)
     stats = torch.ops.pyfused.cross_entropy(x.detach(), target, None, False, 2, -100, 0.0, 0.0, 0.0)[2]
     assert stats.isfinite().all()
+
+
+# --- embedding_dot and in_batch_cross_entropy beyond the case table
+@pytest.mark.parametrize("bad", [-1, -2, 9, 2**40])
+@pytest.mark.parametrize("argument", ["user", "item"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_id_out_of_range(cuda, argument, bad, sparse):
+    """Its scores are NaN, no gradient comes from them, the others are right, and the next call raises."""
+    tables = [torch.randn(9, 8).requires_grad_(), torch.randn(9, 8).requires_grad_()]
+    biases = [torch.randn(9).requires_grad_(), torch.randn(9).requires_grad_()]
+    given = {"user": torch.arange(6), "item": torch.arange(30).view(6, 5) % 9}
+    given[argument].view(-1)[3] = bad
+    scores = PF.embedding_dot(*given.values(), *tables, *biases, sparse=sparse)
+    with pytest.raises(IndexError, match=rf"{argument} {bad} is out of bounds: {argument}\[3\] must lie in \[0, 9\)"):
+        pyfused.check_errors()
+    wrong = torch.zeros(6, 5, dtype=torch.bool)
+    wrong.view(-1)[slice(15, 20) if argument == "user" else 3] = True
+    assert torch.equal(scores.isnan(), wrong)
+    upstream = torch.randn(6, 5)
+    got = torch.autograd.grad(scores, tables + biases, upstream)
+    good = {name: ids.where((ids >= 0) & (ids < 9), 0) for name, ids in given.items()}
+    with pyfused.use_backend("reference"):
+        expected = torch.autograd.grad(
+            PF.embedding_dot(*good.values(), *tables, *biases), tables + biases, upstream.masked_fill(wrong, 0)
+        )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(accuracy.densify(a), b)
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_in_batch_id_out_of_range(cuda, argument):
+    ids = [torch.arange(6), torch.arange(6)]
+    ids[argument][2] = 2**40
+    with pytest.raises(IndexError, match=rf"{('user', 'item')[argument]} {2**40} .*\[2\]"):
+        PF.in_batch_cross_entropy(*ids, torch.randn(9, 8), torch.randn(9, 8))  # of several kernels: raised between two
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_batch_chunks(cuda, monkeypatch, reduction):
+    """Smaller ones than a GPU's, so that a small batch has several, the last one shorter."""
+    adapter = pyfused.backends.cuda.in_batch_cross_entropy
+    ids = [torch.randint(9, (100,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    tables = [torch.randn(9, 8).requires_grad_() for _ in range(2)]
+    results = []
+    for rows in (100, 33):
+        monkeypatch.setattr(adapter, "_chunk", lambda table, batch: table.new_empty(rows, batch))  # noqa: B023
+        loss = PF.in_batch_cross_entropy(*ids, *tables, reduction=reduction)
+        results.append([loss, *torch.autograd.grad(loss.sum(), tables)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dim", [4, 24, 33, 130])
+@pytest.mark.parametrize("terms", [1, 16, 17, 1024, 1025, 6000])
+def test_hot_ids_in_both_stages(cuda, dim, terms):
+    """Runs that begin and end within a group, a block and several blocks, exactly: sums of small integers."""
+    g = torch.Generator().manual_seed(0)
+    user = torch.cat([torch.full((terms,), 3), torch.randint(8, (50,), generator=g), torch.full((terms // 3,), 5)])
+    user = user[torch.randperm(len(user), generator=g)]
+    item = torch.randint(7, user.shape, generator=g)
+    tables = [torch.randint(-4, 5, (n, dim), generator=g).float().requires_grad_() for n in (8, 7)]
+    bias = torch.zeros(8, requires_grad=True)
+    upstream = torch.randint(-4, 5, user.shape, generator=g).float()
+    seen = []
+    for seed in (1, 2):
+        emulated.cuda_module().set_seed(seed)
+        seen.append(torch.autograd.grad(PF.embedding_dot(user, item, *tables, bias), [*tables, bias], upstream))
+    with pyfused.use_backend("reference"):
+        seen.append(torch.autograd.grad(PF.embedding_dot(user, item, *tables, bias), [*tables, bias], upstream))
+    for a, b, expected in zip(*seen, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, expected)
 
 
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))

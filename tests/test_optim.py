@@ -98,6 +98,7 @@ class Setting:
         return tables, optimizer
 
 
+@pytest.mark.op("embedding_dot_update")
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
 )
@@ -208,6 +209,7 @@ def test_training_goes_on_after_saving(rule, way, dtype):
         assert not torch.equal(a, small(rule).to(dtype).get_parameter(name)), name
 
 
+@pytest.mark.op("embedding_dot_update")
 @pytest.mark.parametrize("bad", [-1, 30])
 def test_ids_out_of_range_leave_everything_as_it_was(bad, device):
     if device == "cuda":

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,12 @@ def test_case_table_in_the_interpreter():
     files = [str(TESTS / name) for name in ("test_forward.py", "test_backward.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *files], env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, "-m", "pytest", "-q", *files],
+        env=environment,
+        cwd=tempfile.gettempdir(),  # not the checkout, whose package would be imported instead of the installed one
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = int(run.stdout.rsplit(" passed", 1)[0].split()[-1])

@@ -54,10 +54,10 @@ __global__ void __launch_bounds__(kBlock, 3) forward(Scores<T> p) {
     const bool ok = i < count && p.items.has(item);
     if (i < count && !ok && lane == 0)
       report_out_of_range(p.index_error, Argument::item, first + i, item, p.items.rows);
-    v[i] = ok && user_ok ? p.items.row(item) : nullptr;
+    v[i] = ok ? p.items.row(item) : u;  // u: some row, so that the loop has no branch
     sum[i] = 0;
     bias[i] = ok && user_ok ? C(0) : C(NAN);
-    if (v[i] && lane == 0) {
+    if (ok && user_ok && lane == 0) {
       if (p.user_bias) bias[i] += to_compute(p.user_bias[user]);
       if (p.item_bias) bias[i] += to_compute(p.item_bias[item]);
     }
@@ -68,7 +68,6 @@ __global__ void __launch_bounds__(kBlock, 3) forward(Scores<T> p) {
     load<N>(left, u + d, VECTORS);
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-      if (!v[i]) continue;
       load<N>(right, v[i] + d, VECTORS);
 #pragma unroll
       for (int j = 0; j < N; ++j) sum[i] += left[j] * right[j];

@@ -56,14 +56,18 @@ _OPTIONS = "bool[4] needed, float scale, bool mask_accidental_hits, int reductio
 Mask = Callable[[torch.Tensor, int], None]  # (scores of some rows, the first row's number): masks their accidental hits
 
 
-def _linear_layer(user, item, user_weight, item_weight, item_bias, log_q, scale):
-    """(input, weight, bias) of the linear layer whose logits are the scores."""
+def _gather(table, ids, factor, of_items):
+    rows = table.index_select(0, ids).to(arithmetic_dtype(table))
+    return rows if factor == 1 else rows * factor
+
+
+def _linear_layer(gather, user, item, user_weight, item_weight, item_bias, log_q, scale):
+    """(input, weight, bias) of the linear layer whose logits are the scores. gather: as `_gather`, of some backend."""
     dtype = arithmetic_dtype(user_weight)
-    rows = user_weight.index_select(0, user).to(dtype)
-    bias = None if item_bias is None else item_bias.index_select(0, item).to(dtype)
+    bias = None if item_bias is None else gather(item_bias.unsqueeze(1), item, 1.0, True).squeeze(1).to(dtype)
     if log_q is not None:
         bias = -log_q.to(dtype) if bias is None else bias - log_q.to(dtype)
-    return rows if scale == 1 else rows * scale, item_weight.index_select(0, item).to(dtype), bias
+    return gather(user_weight, user, scale, False), gather(item_weight, item, 1.0, True), bias
 
 
 def _row_needs(needed):
@@ -85,10 +89,11 @@ def alloc(user, item, user_weight, item_weight, item_bias, log_q, needed, scale,
 
 @torch.no_grad()
 def run_forward(
-    chunk, mask: Mask, user, item, user_weight, item_weight, item_bias, log_q, needed, scale, masked, reduction
-):
+    chunk, mask: Mask, user, item, user_weight, item_weight, item_bias, log_q, needed, scale, masked, reduction,
+    gather=_gather,
+):  # fmt: skip
     """The registered op; `chunk` is a buffer [rows, B] for the scores of as many rows at a time."""
-    layer = _linear_layer(user, item, user_weight, item_weight, item_bias, log_q, scale)
+    layer = _linear_layer(gather, user, item, user_weight, item_weight, item_bias, log_q, scale)
     target = torch.arange(len(user), device=user.device)
     given = (*layer, target, None, _row_needs(needed), reduction, *_PLAIN)
     loss, _, stats, *grads = linear.run_forward(chunk, *given, adjust=mask if masked else None)
@@ -103,10 +108,10 @@ def alloc_backward(grad_loss, user, item, user_weight, item_weight, item_bias, l
 
 @torch.no_grad()
 def run_backward(chunk, mask: Mask, grad_loss, user, item, user_weight, item_weight, item_bias, log_q, stats, d_rows,
-                 d_items, d_offset, needed, scale, masked, reduction):  # fmt: skip
+                 d_items, d_offset, needed, scale, masked, reduction, gather=_gather):  # fmt: skip
     """The registered op; `chunk` is needed for reduction "none" only, which computes the scores again."""
     if reduction == _NONE:
-        layer = _linear_layer(user, item, user_weight, item_weight, item_bias, log_q, scale)
+        layer = _linear_layer(gather, user, item, user_weight, item_weight, item_bias, log_q, scale)
         target = torch.arange(len(user), device=user.device)
         given = (grad_loss, *layer, target, None, stats.new_ones(()), stats, _row_needs(needed), *_PLAIN)
         d_rows, d_items, d_offset = linear.run_backward(chunk, *given, adjust=mask if masked else None)
