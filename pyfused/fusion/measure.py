@@ -85,10 +85,13 @@ def describe(*values) -> str:
 
 
 def _machine() -> str:
-    from .. import __version__, dispatch  # not at import, when the package is half imported
+    # Not at import, when the package is half imported.
+    from .. import __version__, _binary, dispatch
+    from ..ops.conv2d_relu import allowed_algorithms
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    flags = f"{dispatch._forced} autocast {torch.is_autocast_enabled('cpu')}"
+    native = _binary._C and f"{_binary._C.isa()} {allowed_algorithms()}"
+    flags = f"{dispatch._forced} {native} autocast {torch.is_autocast_enabled('cpu')}"
     versions = f"torch {torch.__version__} | pyfused {__version__}"
     return f"| {_processor()} | {device} | {torch.get_num_threads()} threads | {versions} | {flags}"
 

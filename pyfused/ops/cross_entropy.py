@@ -324,6 +324,13 @@ def as_rows(input, target):
     return input, target
 
 
+def as_kernels_read(input, target, weight):
+    """Labels and class weights without gaps, the weights in the dtype of the arithmetic."""
+    if not target.is_floating_point():
+        target = target.contiguous()
+    return target, None if weight is None else weight.to(arithmetic_dtype(input)).contiguous()
+
+
 def loss_dtype(input, target, weight) -> torch.dtype:
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         return arithmetic_dtype(input)

@@ -215,6 +215,16 @@ def _no_update(given, tables, optimizer) -> str | None:
     return None
 
 
+def rows_contiguous(weight):
+    """The table as kernels read it: any distance between rows, none between the numbers of a row."""
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def flat(bias):
+    """The bias as kernels read it, [rows]."""
+    return None if bias is None else bias.reshape(-1).contiguous()
+
+
 def _pair(padding_idx):
     return tuple(padding_idx) if isinstance(padding_idx, Sequence) else (padding_idx, padding_idx)
 

@@ -198,6 +198,12 @@ def run_backward(
     return _finished(grads, partial)
 
 
+def chunk_buffer(like, rows, classes, most, dtype=None):
+    """A buffer [r, classes] for `rows` rows in chunks of equal length, of `most` rows at most."""
+    chunks = max(1, -(-rows // most))
+    return like.new_empty(max(1, -(-rows // chunks)), classes, dtype=dtype)
+
+
 def all_rows(input, linear_weight):
     """A chunk buffer for everything at once."""
     return input.new_empty(max(input.shape[0], 1), linear_weight.shape[0])

@@ -54,6 +54,8 @@ def why_not() -> str | None:
         return "the emulation of CUDA needs g++"
     if cuda_include() is None:
         return "the emulation of CUDA needs the headers of a CUDA toolkit (CUDA_HOME, or nvcc on the path)"
+    if importlib.util.find_spec("pybind11") is None:
+        return "the emulation of CUDA needs the package pybind11"
     return None
 
 

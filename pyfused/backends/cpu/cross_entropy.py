@@ -8,24 +8,17 @@ from ...memory import cached
 from ...ops import cross_entropy as op
 
 
-def _prepared(input, target, weight):
-    """Target and class weights as the kernel reads them."""
-    if not target.is_floating_point():
-        target = target.contiguous()
-    return target, None if weight is None else weight.to(op.arithmetic_dtype(input)).contiguous()
-
-
 @kernel("cross_entropy", "cpu")
 def forward(input, target, weight, return_lse, *options):
     loss, lse, stats, total = op.alloc(input, target, weight, return_lse, *options)
-    given = _prepared(input, target, weight)
+    given = op.as_kernels_read(input, target, weight)
     _C.cross_entropy(loss, lse if return_lse else None, stats, total, input, *given, *options, torch.get_num_threads())
     return loss, lse, stats, total
 
 
 def _backward(grad_input, grad_loss, grad_lse, input, target, weight, stats, total, *options):
     grads = (grad_loss.contiguous(), None if grad_lse is None else grad_lse.contiguous())
-    given = _prepared(input, target, weight)
+    given = op.as_kernels_read(input, target, weight)
     _C.cross_entropy_backward(grad_input, *grads, input, *given, stats, total, *options, torch.get_num_threads())
 
 

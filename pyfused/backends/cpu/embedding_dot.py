@@ -9,20 +9,11 @@ from ...ops import embedding_dot as op
 from ...ops import embedding_dot_update as update_op
 
 
-def _rows_contiguous(weight):
-    """The table as the kernels read it: any distance between rows, none between the numbers of a row."""
-    return weight if weight.stride(1) == 1 else weight.contiguous()
-
-
-def _flat(bias):
-    return None if bias is None else bias.reshape(-1).contiguous()
-
-
 @kernel("embedding_dot", "cpu")
 def forward(user, item, user_weight, item_weight, user_bias, item_bias):
     out = op.alloc(user, item, user_weight, item_weight, user_bias, item_bias)
     ids = (user.contiguous(), item.contiguous())
-    tables = (_rows_contiguous(user_weight), _rows_contiguous(item_weight), _flat(user_bias), _flat(item_bias))
+    tables = (op.rows_contiguous(user_weight), op.rows_contiguous(item_weight), op.flat(user_bias), op.flat(item_bias))
     _C.embedding_dot(out, *ids, *tables, torch.get_num_threads())
     return out
 
@@ -34,7 +25,7 @@ def backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sp
     weight_grad, count = cached(weight_grad), torch.empty((), dtype=torch.int64)
     written = (weight_grad if weight else None, bias_grad if bias else None)
     found = (occurring, count) if sparse else (None, None)
-    read = (grad.contiguous(), ids.contiguous(), other_ids.contiguous(), _rows_contiguous(other_weight))
+    read = (grad.contiguous(), ids.contiguous(), other_ids.contiguous(), op.rows_contiguous(other_weight))
     _C.embedding_dot_backward(*written, *found, *read, rows, padding, torch.get_num_threads())
     outputs = (weight_grad, bias_grad, occurring)
     return tuple(x[: count.item()] for x in outputs) if sparse else outputs

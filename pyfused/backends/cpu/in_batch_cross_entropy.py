@@ -7,15 +7,14 @@ from ... import _C
 from ...dispatch import kernel
 from ...memory import cached
 from ...ops import in_batch_cross_entropy as op
+from ...ops.linear_cross_entropy import chunk_buffer
 
 
 def _chunk(table, batch):
     """A buffer for some rows of the scores: 2 MiB, but at least 128 rows, enough for the products to run at speed."""
     dtype = op.arithmetic_dtype(table)
     most = max(128, (2 << 20) // (max(batch, 1) * dtype.itemsize))
-    chunks = max(1, -(-batch // most))
-    rows = max(1, -(-batch // chunks))  # chunks of equal length
-    return cached(table.new_empty(rows, batch, dtype=dtype))
+    return cached(chunk_buffer(table, batch, batch, most, dtype))
 
 
 def _mask(item):

@@ -37,8 +37,7 @@ def _chunk(input, linear_weight):
         return (mebibytes << 20) // (classes * input.element_size())
 
     most = max(rows_in(32), 256) if _fast_products(input) else max(rows_in(8), min(256, rows_in(34)), 128)
-    chunks = max(1, -(-rows // most))
-    return cached(input.new_empty(max(1, -(-rows // chunks)), classes))  # chunks of equal length
+    return cached(op.chunk_buffer(input, rows, classes, most))
 
 
 def _by_classes(chunk, input, target, label_smoothing, with_grads) -> bool:

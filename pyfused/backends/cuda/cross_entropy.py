@@ -9,25 +9,18 @@ from ...ops import cross_entropy as op
 _WORKSPACE = 1 + 2 * 4096  # float64: a counter, and two sums per block
 
 
-def _prepared(input, target, weight):
-    """Target and class weights as the kernels read them."""
-    if not target.is_floating_point():
-        target = target.contiguous()
-    return target, None if weight is None else weight.to(op.arithmetic_dtype(input)).contiguous()
-
-
 @kernel("cross_entropy", "cuda")
 def forward(input, target, weight, return_lse, *options):
     loss, lse, stats, total = op.alloc(input, target, weight, return_lse, *options)
     workspace = input.new_empty(_WORKSPACE, dtype=torch.float64)
-    given = _prepared(input, target, weight)
+    given = op.as_kernels_read(input, target, weight)
     _C.cuda_cross_entropy(loss, lse if return_lse else None, stats, total, workspace, input, *given, *options)
     return loss, lse, stats, total
 
 
 def _backward(grad_input, grad_loss, grad_lse, input, target, weight, stats, total, *options):
     grads = (grad_loss.contiguous(), None if grad_lse is None else grad_lse.contiguous())
-    target, weight = _prepared(input, target, weight)
+    target, weight = op.as_kernels_read(input, target, weight)
     smoothed = options[2] > 0 and not target.is_floating_point()
     weight_sum = weight.sum() if weight is not None and smoothed else None
     given = (input, target, weight, weight_sum, stats, total)

@@ -7,20 +7,11 @@ from ...dispatch import kernel
 from ...ops import embedding_dot as op
 
 
-def _rows_contiguous(weight):
-    """The table as the kernels read it: any distance between rows, none between the numbers of a row."""
-    return weight if weight.stride(1) == 1 else weight.contiguous()
-
-
-def _flat(bias):
-    return None if bias is None else bias.reshape(-1).contiguous()
-
-
 @kernel("embedding_dot", "cuda")
 def forward(user, item, user_weight, item_weight, user_bias, item_bias):
     out = op.alloc(user, item, user_weight, item_weight, user_bias, item_bias)
     ids = (user.contiguous(), item.contiguous())
-    tables = (_rows_contiguous(user_weight), _rows_contiguous(item_weight), _flat(user_bias), _flat(item_bias))
+    tables = (op.rows_contiguous(user_weight), op.rows_contiguous(item_weight), op.flat(user_bias), op.flat(item_bias))
     _C.cuda_embedding_dot(out, *ids, *tables)
     return out
 
@@ -36,7 +27,7 @@ def backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sp
     given = (grad, ids, other_ids, other_weight, rows, padding, weight, bias, sparse)
     weight_grad, bias_grad, found = op.alloc_backward(*given, occurring=occurring)
     written = (weight_grad if weight else None, bias_grad if bias else None, found if sparse else None)
-    read = (grad.contiguous(), keys, order, ranks, other_ids.contiguous(), _rows_contiguous(other_weight))
+    read = (grad.contiguous(), keys, order, ranks, other_ids.contiguous(), op.rows_contiguous(other_weight))
     _C.cuda_embedding_dot_backward(*written, _workspace(grad, other_weight.shape[1]), *read, rows)
     return weight_grad, bias_grad, found
 

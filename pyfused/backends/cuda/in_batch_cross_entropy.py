@@ -5,15 +5,15 @@ between; the backward of embedding_dot to sum rows by id."""
 from ... import _C
 from ...dispatch import kernel
 from ...ops import in_batch_cross_entropy as op
-from .embedding_dot import _rows_contiguous
+from ...ops.embedding_dot import rows_contiguous
+from ...ops.linear_cross_entropy import chunk_buffer
 
 
 def _chunk(table, batch):
     """A buffer for some rows of the scores: 32 MiB, which stay in the second-level cache, but at least 512 rows."""
     dtype = op.arithmetic_dtype(table)
     most = max(512, (32 << 20) // (max(batch, 1) * dtype.itemsize))
-    chunks = max(1, -(-batch // most))
-    return table.new_empty(max(1, -(-batch // chunks)), batch, dtype=dtype)  # chunks of equal length
+    return chunk_buffer(table, batch, batch, most, dtype)
 
 
 def _mask(item):
@@ -23,7 +23,7 @@ def _mask(item):
 
 def _gather(table, ids, factor, of_items):
     out = table.new_empty(len(ids), table.shape[1], dtype=op.arithmetic_dtype(table))
-    _C.cuda_gather_rows(out, ids.contiguous(), _rows_contiguous(table), factor, of_items)
+    _C.cuda_gather_rows(out, ids.contiguous(), rows_contiguous(table), factor, of_items)
     return out
 
 

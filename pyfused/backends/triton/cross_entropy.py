@@ -232,19 +232,12 @@ def cannot_backward(grad_loss, grad_lse, input, *args) -> str | None:
     return cannot(input)
 
 
-def _prepared(input, target, weight):
-    soft = target.is_floating_point()
-    if not soft:
-        target = target.contiguous()
-    weight = None if weight is None else weight.to(op.arithmetic_dtype(input)).contiguous()
-    return target, weight, soft
-
-
 @kernel("cross_entropy", cannot)
 def forward(input, target, weight, return_lse, reduction, ignore_index, label_smoothing, z_loss, softcap):
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
     loss, lse, stats, total = op.alloc(input, target, weight, return_lse, *options)
-    target, weight, soft = _prepared(input, target, weight)
+    soft = target.is_floating_point()
+    target, weight = op.as_kernels_read(input, target, weight)
     shape = _shape(input, target) if soft else _shape(input)
     strides = _strides(input)
     n, _, positions = shape
@@ -270,7 +263,8 @@ def forward(input, target, weight, return_lse, reduction, ignore_index, label_sm
 
 def _backward(grad_input, grad_loss, grad_lse, input, target, weight, stats, total, reduction, ignore_index,
               label_smoothing, z_loss, softcap):  # fmt: skip
-    target, weight, soft = _prepared(input, target, weight)
+    soft = target.is_floating_point()
+    target, weight = op.as_kernels_read(input, target, weight)
     weight_sum = weight.sum() if weight is not None and label_smoothing > 0 and not soft else None
     shape = _shape(input, grad_input, target) if soft else _shape(input, grad_input)
     strides = _strides(input)

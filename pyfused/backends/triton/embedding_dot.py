@@ -155,10 +155,6 @@ def _join_kernel(
 
 
 # --- Launch
-def _flat(bias):
-    return None if bias is None else bias.reshape(-1).contiguous()
-
-
 def _dtype(weight):
     return tl.float64 if weight.dtype == torch.float64 else tl.float32
 
@@ -172,7 +168,7 @@ def forward(user, item, user_weight, item_weight, user_bias, item_bias):
     out = op.alloc(user, item, user_weight, item_weight, user_bias, item_bias)
     if not out.numel():
         return out
-    given = (user.contiguous(), item.contiguous(), user_weight, item_weight, _flat(user_bias), _flat(item_bias))
+    given = (user.contiguous(), item.contiguous(), user_weight, item_weight, op.flat(user_bias), op.flat(item_bias))
     columns = user_weight.shape[1]
     sizes = (out.numel(), out.numel() // user.numel(), len(user_weight), len(item_weight), columns)
     strides = (*user_weight.stride(), *item_weight.stride())

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...ops import in_batch_cross_entropy as op
+from ...ops.linear_cross_entropy import chunk_buffer
 from .common import ARGUMENTS, index_errors, kernel, report_index_error
 
 
@@ -39,8 +40,7 @@ def _chunk(table, batch):
     """A buffer for some rows of the scores: 64 MiB, but at least 1024 rows."""
     dtype = op.arithmetic_dtype(table)
     most = max(1024, (64 << 20) // (max(batch, 1) * dtype.itemsize))
-    chunks = max(1, -(-batch // most))
-    return table.new_empty(max(1, -(-batch // chunks)), batch, dtype=dtype)  # chunks of equal length
+    return chunk_buffer(table, batch, batch, most, dtype)
 
 
 def _mask(item):

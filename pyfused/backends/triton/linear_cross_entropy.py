@@ -14,8 +14,7 @@ def _chunk(input, linear_weight):
     """A buffer for some rows of logits: 256 MiB, but at least 1024 rows, enough to fill the processors with tiles."""
     rows, classes = input.shape[0], linear_weight.shape[0]
     most = max(1024, (256 << 20) // (classes * input.element_size()))
-    chunks = max(1, -(-rows // most))
-    return input.new_empty(max(1, -(-rows // chunks)), classes)  # chunks of equal length
+    return op.chunk_buffer(input, rows, classes, most)
 
 
 def cannot(input, linear_weight, *args) -> str | None:
