@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import accuracy
@@ -319,7 +320,11 @@ with emulated.cuda_on_cpu(module), pyfused.use_backend("cuda"):
                 accuracy.gradients_of(accuracy.public(case.op), case.arguments(dtype), case.grad)
 print("all cases ran")
 """
-    environment = {**os.environ, **build.sanitizer_environment(), "PYTHONPATH": str(Path(__file__).parent)}
+    # The package under test, which the current folder's might not be: a checkout has no compiled module.
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(pyfused.__file__).parents[1])])
+    environment = {**os.environ, **build.sanitizer_environment(), "PYTHONPATH": path}
     command = [sys.executable, "-c", script, str(library)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        command, env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True, timeout=300
+    )
     assert "all cases ran" in run.stdout and "runtime error" not in run.stderr, run.stderr[-3000:]
