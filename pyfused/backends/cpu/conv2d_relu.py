@@ -17,7 +17,7 @@ from ...memory import cached, derived
 from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
 
-WINOGRAD_SAVES = 1600  # products per pair of channels
+WINOGRAD_SAVES = 1200  # products per pair of channels
 LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth remembering
 
 
