@@ -43,9 +43,11 @@ FULL: list[Case] = [
     MnistStep(batch=32, why="small batches: call overhead counts"),
     MnistStep(batch=128, why="a common batch"),
     RecommenderStep(batch=1024, users=943, items=1682, dim=64, why="MovieLens-100K: tables fit a cache"),
-    RecommenderStep(
-        batch=65536, users=1_000_000, items=1_000_000, dim=64, sparse=True, why="a million rows: sparse gradients only"
-    ),
+    *[
+        RecommenderStep(batch=65536, users=rows, items=rows, dim=64, sparse=True, optimizer=optimizer, why=why)
+        for rows, why in [(1_000_000, "a million rows: sparse gradients only")]
+        for optimizer in ("SGD", "Adagrad", "Adam")
+    ],
 ]
 
 QUICK: list[Case] = [
