@@ -28,8 +28,8 @@ def _never(*args) -> None:
 class Kernel:
     """One op on one backend. `run` has the op's signature; `cannot(*args)` returns a reason or None.
 
-    `cedes(*args)`: whether eager PyTorch does as well with these arguments, so that going without our autograd.Function,
-    which costs 100 us and more, is the faster way.
+    `cedes(*args)`: whether eager PyTorch does as well with these arguments, so that going without our
+    autograd.Function, which costs 100 us and more, is the faster way.
     """
 
     run: Callable

@@ -1,22 +1,15 @@
-// Depthwise convolution (as many groups as channels) + bias + ReLU in channels_last, forward and backward; float32.
+// Depthwise convolution (as many groups as channels) + bias + ReLU in channels_last, forward; float32.
 //
 //   out[n, y, x, c] = max(0, bias[c] + ∑_{i, j} weight[c, i, j] · input[n, y·s + i − p, x·s + j − p, c])
-//   g = grad where out > 0 (or NaN), else 0;   d_bias = ∑ g
-//   d_input[n, y, x, c] = ∑_{i, j} weight[c, i, j] · g[n, (y + p − i) / s, (x + p − j) / s, c]  where s divides
-//   d_weight[c, i, j]   = ∑_{n, y, x} g[n, y, x, c] · input[n, y·s + i − p, x·s + j − p, c]
 //
 // Tiles   channels lie in the lanes. A tile is kColumns results of a row for one vector of channels, in registers; vectors
-//         follow one another fastest, so memory is read in order. Backward takes bands of rows: g of a band goes to a
-//         buffer in L2, and both gradients are made from it; the data gradient of stride 2 is two convolutions of stride
-//         1, of the even and of the odd columns.
-// Traffic forward reads input and writes out once; backward reads grad, saved, input and writes d_input once, a few rows
-//         between bands twice. Flops 2 · kh · kw a value, each way: memory is the floor for 3x3.
-// Order   bands are split into a fixed number of parts, summed in order: the bits do not depend on the threads.
-// Edges   what lies outside the map is read from a row of zeros, so there an infinite weight or gradient gives NaN. Any
-//         padding and height of the kernel; width 3, 5 or 7, stride 1 or 2 (each way the same), at least one vector of
-//         channels. The last vector of channels overlaps the one before and computes the same again.
-#include "conv2d_layout.h"
-#include "cpu/kernels.h"
+//         follow one another fastest, so memory is read in order.
+// Traffic reads input and writes out once. Flops 2 · kh · kw a value: for 3x3 memory is the floor.
+// Edges   what lies outside the map is read from a row of zeros, so there an infinite weight gives NaN. Any padding, kernels
+//         up to 16 high and 3, 5 or 7 wide, stride 1 or 2 (each way the same), at least one vector of channels. The last
+//         vector of channels overlaps the one before and computes the same again.
+#include "conv2d_depthwise.h"
+
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -24,197 +17,12 @@ namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-using V = Vec<float>;
-constexpr int64_t L = lanes<float>;
-constexpr int kColumns = L == 16 ? 8 : 4;  // results of a tile, with the sums of 3x3 weights in the registers
-constexpr int kMaxHeight = 16;             // of the kernel
-constexpr int64_t kParts = 32;             // bounds the threads that can help and the memory of partial sums
-constexpr int64_t kBandBytes = 256 << 10;
-
-struct Sizes {
-  int64_t n, channels, height, width, out_height, out_width, kh, kw, stride, pad_h, pad_w;
-  PYFUSED_INLINE int64_t row() const { return width * channels; }
-  PYFUSED_INLINE int64_t out_row() const { return out_width * channels; }
-};
-
-// The rows of a map that rows of weights are laid on: from[k] · weight[k], k < count.
-struct Rows {
-  int64_t count;
-  const float *from[kMaxHeight], *weight[kMaxHeight];
-};
-
-// pixel[k][e]: column first + e of row k, zeros where that lies outside.
-template <int E>
-PYFUSED_INLINE void locate(const float* (&pixel)[kMaxHeight][E], const Rows& rows, int64_t first, int64_t width,
-                           int64_t channels, const float* zeros) {
-  for (int64_t k = 0; k < rows.count; ++k)
-    for (int e = 0; e < E; ++e) {
-      int64_t column = first + e;
-      pixel[k][e] = column >= 0 && column < width ? rows.from[k] + column * channels : zeros;
-    }
-}
-
-// The first channel of vector `v` of `channels`: the last one ends with them.
-PYFUSED_INLINE int64_t first_channel(int64_t v, int64_t channels) { return min(v * L, channels - L); }
-
-// out[q · out_step] = max(least, bias + ∑_k ∑_j weight[k][j] · row k [q · S − pad + j]) for `count` results of one row.
-template <int Taps, int S>
-void correlate_row(float* out, int64_t out_step, int64_t count, const Rows& rows, const float* bias, float least,
-                   int64_t width, int64_t pad, int64_t channels, const float* zeros) {
-  constexpr int Q = kColumns, E = (Q - 1) * S + Taps;
-  const float* pixel[kMaxHeight][E];
-  for (int64_t q0 = 0; q0 < count; q0 += Q) {
-    int64_t first = max<int64_t>(min(q0, count - Q), 0), results = min<int64_t>(Q, count);
-    locate<E>(pixel, rows, first * S - pad, width, channels, zeros);
-    for (int64_t v = 0; v < ceil_div(channels, L); ++v) {
-      int64_t c = first_channel(v, channels);
-      V sum[Q];
-      for (int q = 0; q < Q; ++q) sum[q] = bias ? load(bias + c) : V{};
-      for (int64_t k = 0; k < rows.count; ++k) {
-        V weight[Taps];
-        for (int j = 0; j < Taps; ++j) weight[j] = load(rows.weight[k] + j * channels + c);
-#pragma GCC unroll 32
-        for (int e = 0; e < E; ++e) {
-          V value = load(pixel[k][e] + c);
-#pragma GCC unroll 7
-          for (int j = 0; j < Taps; ++j)
-            if (int q = (e - j) / S; e >= j && (e - j) % S == 0 && q < Q) sum[q] += value * weight[j];
-        }
-      }
-      V floor = splat(least);
-      float* to = out + first * out_step + c;
-#pragma GCC unroll 8
-      for (int q = 0; q < Q; ++q)
-        if (q < results) store(to + q * out_step, floor > sum[q] ? floor : sum[q]);  // this way round a NaN stays
-    }
-  }
-}
-
-// sums[k][j][vector] += ∑_x g[x] · row k [x · S − pad + j] for R rows of the kernel.
-template <int Taps, int S, int R>
-void add_products(float* sums, const float* g, const Rows& rows, int64_t k, const Sizes& s, const float* zeros) {
-  constexpr int Q = kColumns, E = (Q - 1) * S + Taps;
-  const float *pixel[kMaxHeight][E], *gradient[Q];
-  int64_t vectors = ceil_div(s.channels, L);
-  Rows here{R, {}, {}};
-  for (int r = 0; r < R; ++r) here.from[r] = rows.from[k + r];
-  for (int64_t first = 0; first < s.out_width; first += Q) {
-    locate<E>(pixel, here, first * S - s.pad_w, s.width, s.channels, zeros);
-    for (int q = 0; q < Q; ++q) gradient[q] = first + q < s.out_width ? g + (first + q) * s.channels : zeros;
-    for (int64_t v = 0; v < vectors; ++v) {
-      int64_t c = first_channel(v, s.channels);
-      V values[Q], sum[R][Taps];
-      float* to = sums + v * L;
-      for (int q = 0; q < Q; ++q) values[q] = load(gradient[q] + c);
-#pragma GCC unroll 3
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 7
-        for (int j = 0; j < Taps; ++j) sum[r][j] = load(to + (r * Taps + j) * vectors * L);
-#pragma GCC unroll 32
-      for (int e = 0; e < E; ++e)
-#pragma GCC unroll 3
-        for (int r = 0; r < R; ++r) {
-          V value = load(pixel[r][e] + c);
-#pragma GCC unroll 7
-          for (int j = 0; j < Taps; ++j)
-            if (int q = (e - j) / S; e >= j && (e - j) % S == 0 && q < Q) sum[r][j] += value * values[q];
-        }
-#pragma GCC unroll 3
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 7
-        for (int j = 0; j < Taps; ++j) store(to + (r * Taps + j) * vectors * L, sum[r][j]);
-    }
-  }
-}
-
-// The rows of the input under row y of the output, with the kernel's rows.
-PYFUSED_INLINE Rows rows_under(const float* image, const float* weight, int64_t y, const Sizes& s, int64_t* first) {
-  Rows rows{};
-  *first = max<int64_t>(0, s.pad_h - y * s.stride);
-  for (int64_t i = *first; i < min(s.kh, s.height + s.pad_h - y * s.stride); ++i, ++rows.count) {
-    rows.from[rows.count] = image + (y * s.stride + i - s.pad_h) * s.row();
-    rows.weight[rows.count] = weight + i * s.kw * s.channels;
-  }
-  return rows;
-}
-
-// --- Backward, one band: output rows [first, last) of an image, and the input rows [first · stride, last · stride).
-struct Band {
-  int64_t n, first, last, begin, end;  // g holds rows [begin, end)
-  Band(int64_t unit, int64_t size, const Sizes& s) {
-    int64_t bands = ceil_div(s.out_height, size);
-    n = unit / bands, first = unit % bands * size, last = min(s.out_height, first + size);
-    int64_t top = first * s.stride + s.pad_h - s.kh + 1, bottom = (input_end(s) - 1 + s.pad_h) / s.stride;
-    begin = min(first, ceil_div(max<int64_t>(top, 0), s.stride)), end = min(s.out_height, max(last, bottom + 1));
-  }
-  PYFUSED_INLINE int64_t input_end(const Sizes& s) const {
-    return last == s.out_height ? s.height : min(s.height, last * s.stride);
-  }
-};
-
-void mask_rows(float* g, const float* grad, const float* saved, int64_t count) {
-  int64_t i = 0;
-  for (; i + L <= count; i += L) store(g + i, load(saved + i) <= V{} ? V{} : load(grad + i));
-  for (; i < count; ++i) g[i] = saved[i] <= 0 ? 0 : grad[i];
-}
-
-// sums: [kh · kw + 1][vectors of channels], the last row for the bias.
-template <int Taps, int S>
-void add_weight_gradient(float* sums, const float* g, const float* image, const Band& band, const Sizes& s,
-                         const float* zeros) {
-  constexpr int R = Taps == 3 ? 3 : Taps == 5 || L == 16 ? 2 : 1;  // rows of the kernel whose sums fit the registers
-  int64_t vectors = ceil_div(s.channels, L), row = Taps * vectors * L;
-  for (int64_t y = band.first; y < band.last; ++y) {
-    const float* from = g + (y - band.begin) * s.out_row();
-    int64_t first, k = 0;
-    Rows rows = rows_under(image, nullptr, y, s, &first);
-    for (; k + R <= rows.count; k += R) add_products<Taps, S, R>(sums + (first + k) * row, from, rows, k, s, zeros);
-    for (; k < rows.count; ++k) add_products<Taps, S, 1>(sums + (first + k) * row, from, rows, k, s, zeros);
-    for (int64_t x = 0; x < s.out_width; ++x)
-      for (int64_t v = 0; v < vectors; ++v) {
-        float* to = sums + s.kh * row + v * L;
-        store(to, load(to) + load(from + x * s.channels + first_channel(v, s.channels)));
-      }
-  }
-}
-
-// The last tap j of those that reach columns `phase`, phase + stride, ... of the input: stride | phase + pad − j.
-PYFUSED_INLINE int64_t last_tap(int64_t phase, const Sizes& s) {
-  return s.kw - 1 - (s.kw - 1 + s.stride - (phase + s.pad_w) % s.stride) % s.stride;
-}
-
-// Columns `phase`, phase + S, ... of the band's rows of d_input. `flipped`: the weights of their taps, the last first.
-template <int Taps, int S>
-void data_gradient(float* image, int64_t phase, const float* g, const float* flipped, const Band& band, const Sizes& s,
-                   const float* zeros) {
-  int64_t count = ceil_div(s.width - phase, int64_t{S}), pad = (last_tap(phase, s) - phase - s.pad_w) / S;
-  for (int64_t y = band.first * S; y < band.input_end(s); ++y) {
-    Rows rows{};
-    for (int64_t i = (y + s.pad_h) % S; i < s.kh; i += S) {
-      int64_t from = (y + s.pad_h - i) / S;
-      if (y + s.pad_h < i || from >= s.out_height) continue;
-      rows.from[rows.count] = g + (from - band.begin) * s.out_row();
-      rows.weight[rows.count++] = flipped + i * s.kw * s.channels;
-    }
-    correlate_row<Taps, 1>(image + (y * s.width + phase) * s.channels, S * s.channels, count, rows, nullptr,
-                           -__builtin_inff(), s.out_width, pad, s.channels, zeros);
-  }
-}
-
-// packed[kh][kw][C] of the weight [C, 1, kh, kw]; flipped[phase][kh][kw][C] as data_gradient takes it.
-void pack(float* packed, float* flipped, const View& weight, const Sizes& s) {
-  int64_t size = s.kh * s.kw * s.channels;
-  auto at = [&](int64_t c, int64_t i, int64_t j) {
-    return weight.as<float>()[c * weight.strides[0] + i * weight.strides[2] + j * weight.strides[3]];
-  };
+// packed[kh][kw][C] of the weight [C, 1, kh, kw].
+void pack(float* packed, const View& weight, const Sizes& s) {
   for (int64_t i = 0; i < s.kh; ++i)
-    for (int64_t j = 0; j < s.kw; ++j) {
-      int64_t to = (i * s.kw + j) * s.channels;
-      for (int64_t c = 0; packed && c < s.channels; ++c) packed[to + c] = at(c, i, j);
-      for (int64_t phase = 0; flipped && phase < s.stride; ++phase)
-        if (int64_t tap = last_tap(phase, s) - j * s.stride; tap >= 0)
-          for (int64_t c = 0; c < s.channels; ++c) flipped[phase * size + to + c] = at(c, i, tap);
-    }
+    for (int64_t j = 0; j < s.kw; ++j)
+      for (int64_t c = 0; c < s.channels; ++c)
+        *packed++ = weight.as<float>()[c * weight.strides[0] + i * weight.strides[2] + j * weight.strides[3]];
 }
 
 template <int Taps, int S>
@@ -222,7 +30,7 @@ void forward(float* out, const float* input, const View& weight, const float* bi
   auto* packed = static_cast<float*>(scratch(0, sizeof(float) * (s.kh * s.kw + 1) * s.channels));
   float* zeros = packed + s.kh * s.kw * s.channels;
   std::memset(zeros, 0, sizeof(float) * s.channels);
-  pack(packed, nullptr, weight, s);
+  pack(packed, weight, s);
   int64_t grain = ceil_div(4096, s.out_row());
   parallel_for(s.n * s.out_height, grain, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
@@ -234,86 +42,6 @@ void forward(float* out, const float* input, const View& weight, const float* bi
   });
 }
 
-template <int Taps, int S>
-void backward(float* d_input, const View& d_weight, float* d_bias, const float* grad, const float* saved,
-              const float* input, const View& weight, const Sizes& s, int threads) {
-  int64_t taps = s.kh * s.kw, padded = ceil_div(s.channels, L) * L;
-  int64_t size = min(s.out_height, max<int64_t>(4, kBandBytes / (sizeof(float) * s.out_row())));
-  int64_t buffer = (size + s.kh + s.pad_h + 2) * s.out_row(), part_size = (taps + 1) * padded;
-  int64_t units = s.n * ceil_div(s.out_height, size), parts = min(units, kParts);
-  auto* zeros = static_cast<float*>(scratch(0, sizeof(float) * (S * taps + 1) * s.channels));
-  auto* sums = static_cast<float*>(scratch(1, sizeof(float) * parts * part_size));
-  auto* buffers = static_cast<float*>(scratch(2, sizeof(float) * threads * buffer));
-  float* flipped = zeros + s.channels;
-  std::memset(zeros, 0, sizeof(float) * s.channels);
-  if (d_input) pack(nullptr, flipped, weight, s);
-  auto run_unit = [&](int64_t unit, float* part, float* g) {
-    Band band(unit, size, s);
-    int64_t from = (band.n * s.out_height + band.begin) * s.out_row(), image = band.n * s.height * s.row();
-    mask_rows(g, grad + from, saved + from, (band.end - band.begin) * s.out_row());
-    add_weight_gradient<Taps, S>(part, g, input + image, band, s, zeros);
-    if (!d_input) return;
-    for (int64_t phase = 0; phase < min<int64_t>(S, s.width); ++phase) {
-      auto run = S == 1 || last_tap(phase, s) / S + 1 == (Taps + S - 1) / S ? data_gradient<(Taps + S - 1) / S, S>
-                                                                            : data_gradient<Taps / S, S>;
-      run(d_input + image, phase, g, flipped + phase * taps * s.channels, band, s, zeros);
-    }
-  };
-  parallel_for(parts, 1, threads, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t p = begin; p < end; ++p) {
-      std::memset(sums + p * part_size, 0, sizeof(float) * part_size);
-      for (int64_t unit = units * p / parts; unit < units * (p + 1) / parts; ++unit)
-        run_unit(unit, sums + p * part_size, buffers + thread * buffer);
-    }
-  });
-  for (int64_t tap = 0; tap <= taps; ++tap)
-    for (int64_t c = 0; c < s.channels; ++c) {
-      const float* from = sums + tap * padded + c / L * L + c - first_channel(c / L, s.channels);
-      float total = 0;
-      for (int64_t p = 0; p < parts; ++p) total += from[p * part_size];
-      if (tap < taps)
-        d_weight.as<float>()[c * d_weight.strides[0] + tap / s.kw * d_weight.strides[2] +
-                             tap % s.kw * d_weight.strides[3]] = total;
-      else if (d_bias)
-        d_bias[c] = total;
-    }
-}
-
-// run(std::integral_constant Taps, stride) for the kernel's width and the stride.
-template <class Run>
-Status for_sizes(const Sizes& s, const Run& run) {
-  auto with_stride = [&](auto taps) {
-    s.stride == 1 ? run(taps, std::integral_constant<int, 1>{}) : run(taps, std::integral_constant<int, 2>{});
-    return Status{};
-  };
-  if (s.kw == 3) return with_stride(std::integral_constant<int, 3>{});
-  if (s.kw == 5) return with_stride(std::integral_constant<int, 5>{});
-  return with_stride(std::integral_constant<int, 7>{});
-}
-
-PYFUSED_INLINE bool is_map(const View& x) { return x.dtype == DType::f32 && is_nhwc(x); }
-
-// The sizes, if these tensors are of one depthwise convolution.
-Status measure(Sizes* s, const View& input, const View& weight, const View& out, const View& bias, int64_t stride,
-               int64_t pad_h, int64_t pad_w) {
-  PYFUSED_REQUIRE(is_map(input) && input.shape[1] >= L, "input", "must be channels_last float32 of a vector or more");
-  PYFUSED_REQUIRE(weight.dtype == DType::f32 && weight.ndim == 4 && weight.shape[0] == input.shape[1] &&
-                      weight.shape[1] == 1 && weight.shape[2] >= 1 && weight.shape[2] <= kMaxHeight &&
-                      (weight.shape[3] == 3 || weight.shape[3] == 5 || weight.shape[3] == 7),
-                  "weight", "must be float32 [C, 1, 1..16, 3 or 5 or 7]");
-  PYFUSED_REQUIRE((stride == 1 || stride == 2) && pad_h >= 0 && pad_w >= 0, "stride", "must be 1 or 2");
-  PYFUSED_REQUIRE(!bias || (bias.dtype == DType::f32 && bias.contiguous() && bias.numel() == input.shape[1]), "bias",
-                  "must be C contiguous float32");
-  *s = {input.shape[0],  input.shape[1],  input.shape[2], input.shape[3], 0,    0,
-        weight.shape[2], weight.shape[3], stride,         pad_h,          pad_w};
-  s->out_height = (s->height + 2 * pad_h - s->kh) / stride + 1;
-  s->out_width = (s->width + 2 * pad_w - s->kw) / stride + 1;
-  PYFUSED_REQUIRE(is_map(out) && out.shape[0] == s->n && out.shape[1] == s->channels && out.shape[2] == s->out_height &&
-                      out.shape[3] == s->out_width,
-                  "out", "must be channels_last float32 of the convolution's size");
-  return {};
-}
-
 }  // namespace
 
 // out [N, C, OH, OW] from input [N, C, H, W], both channels_last; weight [C, 1, kh, kw] of any strides, bias [C] or absent.
@@ -323,20 +51,6 @@ Status conv2d_depthwise(View out, View input, View weight, View bias, int64_t st
   if (Status bad = measure(&s, input, weight, out, bias, stride, pad_h, pad_w); bad.code != Status::ok) return bad;
   return for_sizes(s, [&](auto taps, auto step) {
     forward<taps.value, step.value>(out.as<float>(), input.as<float>(), weight, bias.as<float>(), s, threads);
-  });
-}
-
-// d_input (or absent), d_weight, d_bias (or absent) from grad; `saved` is the forward's output.
-Status conv2d_depthwise_backward(View d_input, View d_weight, View d_bias, View grad, View saved, View input,
-                                 View weight, int64_t stride, int64_t pad_h, int64_t pad_w, int threads) {
-  Sizes s;
-  if (Status bad = measure(&s, input, weight, grad, d_bias, stride, pad_h, pad_w); bad.code != Status::ok) return bad;
-  PYFUSED_REQUIRE(is_map(saved) && same_shape(saved, grad), "saved", "must be like grad");
-  PYFUSED_REQUIRE(!d_input || (is_map(d_input) && same_shape(d_input, input)), "d_input", "must be like input");
-  PYFUSED_REQUIRE(d_weight.dtype == DType::f32 && same_shape(d_weight, weight), "d_weight", "must be like weight");
-  return for_sizes(s, [&](auto taps, auto step) {
-    backward<taps.value, step.value>(d_input.as<float>(), d_weight, d_bias.as<float>(), grad.as<float>(),
-                                     saved.as<float>(), input.as<float>(), weight, s, threads);
   });
 }
 

@@ -22,6 +22,7 @@ from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
 
 WINOGRAD_SAVES = 1600  # products per pair of channels
+REMEMBERED_SAVES = 500  # the same where the weight's transform is remembered
 LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth remembering
 
 
@@ -43,7 +44,8 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     # The products saved must pay for the weight's transform, which costs as much as some hundred positions: 9 products
     # a position against 36 a tile, used or not.
     saves = n * (9 * height * width - 36 * -(-height // 4) * -(-width // 4))
-    if winograd and op.allowed_algorithms() == "auto" and saves >= WINOGRAD_SAVES:
+    remembered = weight.nbytes >= LARGE_WEIGHT and not needs_grad(input, weight, bias)
+    if winograd and op.allowed_algorithms() == "auto" and saves >= (REMEMBERED_SAVES if remembered else WINOGRAD_SAVES):
         return "winograd"
     if (kh, kw) == (1, 1) and tuple(stride) == (1, 1) and max(padding) == 0 and n * height * width >= 256:
         return "1x1"  # from there on packing the weight costs nothing
@@ -73,8 +75,9 @@ def _cedes(*args) -> bool:
 
 
 def _pool_cedes(*args) -> bool:
-    """The same; but forward in NCHW our pooling pass is ahead of PyTorch's."""
-    return (needs_grad(*args[:3]) or op.memory_format(*args[:2]) == torch.channels_last) and _cedes(*args)
+    """The same, without gradients, for which eager would save the full-size activation, and in channels_last: in NCHW
+    our pooling pass is ahead of PyTorch's."""
+    return not needs_grad(*args[:3]) and op.memory_format(*args[:2]) == torch.channels_last and _cedes(*args)
 
 
 def _dense(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
