@@ -26,10 +26,15 @@ def _never(*args) -> None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One op on one backend. `run` has the op's signature; `cannot(*args)` returns a reason or None."""
+    """One op on one backend. `run` has the op's signature; `cannot(*args)` returns a reason or None.
+
+    `cedes(*args)`: whether eager PyTorch does as well with these arguments, so that going without our
+    autograd.Function, which costs 100 us and more, is the faster way.
+    """
 
     run: Callable
     cannot: Callable[..., str | None] = _never
+    cedes: Callable[..., bool | None] = _never
 
 
 TABLE: dict[str, dict[str, Kernel]] = {}
@@ -37,11 +42,13 @@ TABLE: dict[str, dict[str, Kernel]] = {}
 UNAVAILABLE: dict[str, str] = {}
 
 
-def kernel(op: str, backend: str, cannot: Callable[..., str | None] = _never) -> Callable:
+def kernel(
+    op: str, backend: str, cannot: Callable[..., str | None] = _never, cedes: Callable[..., bool | None] = _never
+) -> Callable:
     """Decorator: enter a function into the table as `backend`'s kernel for `op`."""
 
     def enter(run: Callable) -> Callable:
-        TABLE.setdefault(op, {})[backend] = Kernel(run, cannot)
+        TABLE.setdefault(op, {})[backend] = Kernel(run, cannot, cedes)
         return run
 
     return enter
@@ -105,6 +112,17 @@ def pick(op: str, args: tuple) -> Callable:
         if backend in kernels and backend not in UNAVAILABLE and kernels[backend].cannot(*args) is None:
             return kernels[backend].run
     raise RuntimeError(f"pyfused.{op}: no backend can run this: {explain(op, *args)}")
+
+
+def cedes(op: str, args: tuple) -> bool:
+    """Whether the public function should call eager PyTorch: the backend that would run `op` does no better."""
+    if _forced is not None:
+        return False
+    kernels = TABLE[op]
+    for backend in ORDER.get(_device_type(args), ()):
+        if backend in kernels and backend not in UNAVAILABLE:
+            return bool(kernels[backend].cedes(*args))
+    return False
 
 
 def explain(op: str, *args) -> dict[str, str]:

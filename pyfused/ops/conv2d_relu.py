@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 
-from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
+from .. import dispatch
+from .._library import define, differentiable_grads, is_transformed, needs_grad, reject, undisturbed
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -23,6 +24,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def reference(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """The op in eager PyTorch."""
     return F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+
+
+def eager_in_place(*args):
+    """The same with the ReLU in place, which autograd allows: neither needs what the convolution returned."""
+    return F.conv2d(*args).relu_()
 
 
 # --- Which algorithms may be used
@@ -272,5 +278,7 @@ def conv2d_relu(
     problem, args = prepare(input, weight, bias, stride, padding, dilation, groups)
     if problem:
         reject("conv2d_relu", problem, reference, *given)
+    if undisturbed(args) and dispatch.cedes("conv2d_relu", args):
+        return eager_in_place(*given)
     output = (_Conv2dReLU.apply if needs_grad(*args[:3]) else _forward)(*args)
     return output.squeeze(0) if input.dim() == 3 else output

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .._library import define, differentiable_grads, needs_grad, reject
+from .. import dispatch
+from .._library import define, differentiable_grads, needs_grad, reject, undisturbed
 from . import conv2d_relu as conv
 
 DEAD = 255  # also bounds the windows: their places are 0..254
@@ -162,5 +163,7 @@ def conv2d_relu_max_pool2d(
     if pool_size[0] * pool_size[1] > DEAD:
         return reference(*given, **pool)
     args = (*args, pool_size, pool_stride)
+    if undisturbed(args) and dispatch.cedes("conv2d_relu_max_pool2d", args):
+        return F.max_pool2d(conv.eager_in_place(*given), pool_size, pool_stride)
     output = _Conv2dReLUMaxPool2d.apply(*args) if needs_grad(*args[:3]) else _forward(*args)[0]
     return output.squeeze(0) if input.dim() == 3 else output
