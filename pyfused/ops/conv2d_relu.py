@@ -166,13 +166,14 @@ class _Conv2dReLU(torch.autograd.Function):
 # --- Arguments
 def is_tiny(input, weight, direct=TINY_DIRECT) -> bool:
     """Whether eager PyTorch is faster, because of what a call of ours costs besides the kernel."""
-    if input.dim() < 3 or not isinstance(weight, torch.Tensor):
+    if not isinstance(weight, torch.Tensor) or input.dim() < 3 or weight.dim() != 4:
         return False
-    channels, kernel, size = input.shape[-3], weight.shape[2:], input.numel() * weight.numel()
+    shape, (*_, kh, kw) = input.shape, weight.shape
+    channels, size = shape[-3], input.numel() * weight.numel()
     if channels <= 4:
-        one_image = input.dim() == 3 or len(input) == 1
-        return one_image and size < direct * channels and max(kernel, default=0) <= 3 and input.itemsize >= 4
-    winograd = kernel == (3, 3) and input.dtype == torch.float32
+        one_image = len(shape) == 3 or shape[0] == 1
+        return one_image and size < direct * channels and kh <= 3 and kw <= 3 and input.itemsize >= 4
+    winograd = kh == kw == 3 and input.dtype == torch.float32
     return size < (TINY_WINOGRAD if winograd else TINY_ATEN) * channels
 
 

@@ -227,7 +227,7 @@ def _problem(user, item, user_weight, item_weight, item_bias, log_q, scale, redu
 
 
 def _is_tiny(user, user_weight, item_weight) -> bool:
-    if len(user) ** 2 * user_weight.itemsize >= TINY or torch.is_autocast_enabled("cpu"):  # its products are 16-bit
+    if user.numel() ** 2 * user_weight.itemsize >= TINY or torch.is_autocast_enabled("cpu"):  # its products are 16-bit
         return False
     return not needs_grad(user_weight, item_weight) or dot.has_tiny_gradients(user_weight, item_weight)
 

@@ -302,12 +302,11 @@ def _problem(input, linear_weight, target, linear_bias, ignore_index) -> str | N
 
 def _is_tiny(input, linear_weight, linear_bias) -> bool:
     """Also no K-dimensional loss, and a bias that is not broadcast."""
-    return (
-        input.dim() in (1, 2)
-        and linear_weight.dim() == 2
-        and input.nbytes * len(linear_weight) < TINY * input.shape[-1]
-        and (linear_bias is None or (linear_bias.dim() == 1 and len(linear_bias) == len(linear_weight)))
-    )
+    if input.dim() not in (1, 2) or linear_weight.dim() != 2:
+        return False
+    classes, features = linear_weight.shape
+    fits = linear_bias is None or (linear_bias.dim() == 1 and linear_bias.numel() == classes)
+    return fits and input.nbytes * classes < TINY * features
 
 
 def _is_native(input, linear_weight, linear_bias) -> bool:
