@@ -114,10 +114,21 @@ def pick(op: str, args: tuple) -> Callable:
     raise RuntimeError(f"pyfused.{op}: no backend can run this: {explain(op, *args)}")
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def may_hand_over(x: torch.Tensor) -> bool:
+    """Whether the public functions may hand a call on this tensor to eager PyTorch if it is tiny by the op's measure.
+
+    The autograd.Function around a kernel costs 10 to 200 us more than eager's call; a kernel saves less than that on
+    few elements. How few was measured on CPUs, so only there. Not where a backend is forced; nor for what would bake
+    the sizes at hand into a graph: torch.compile, export, fake tensors.
+    """
+    return not torch.compiler.is_compiling() and type(x) in _PLAIN and x.is_cpu and _forced is None
+
+
 def cedes(op: str, args: tuple) -> bool:
-    """Whether the public function should call eager PyTorch: the backend that would run `op` does no better."""
-    if _forced is not None:
-        return False
+    """Whether the backend that would run `op`, none being forced, does no better than eager PyTorch."""
     kernels = TABLE[op]
     for backend in ORDER.get(_device_type(args), ()):
         if backend in kernels and backend not in UNAVAILABLE:
@@ -127,6 +138,9 @@ def cedes(op: str, args: tuple) -> bool:
 
 def explain(op: str, *args) -> dict[str, str]:
     """For each backend, "chosen", "can run this", or the reason why not.
+
+    This is about the registered op. Before it is called, the public functions hand tiny calls on CPU tensors to eager
+    PyTorch, unless a backend is forced; each says in its documentation how small that is.
 
     Args:
         op: the name of a registered op, e.g. "cross_entropy" or "conv2d_relu_backward" (see `ops()`).

@@ -4,7 +4,7 @@
 //
 // Steps   embedding_dot_runs.h: sort the ids, sum each run of equal ids; here each sum is written to its row.
 // Traffic that of the sums; each row is written once, dense gradients after filling the table with zeros. Large sparse ones
-//         go past the caches, which saves reading what is overwritten: with one thread 5 of 13 ms for both tables below.
+//         go past the caches, which saves reading what is overwritten: a prototype took 7.4 instead of 12.8 ms (one thread).
 //         B = 65,536 pairs, D = 64, float32, uniform over 1e6 rows: 34 MB sparse, 290 MB dense, per table.
 // Sparse  with `occurring` and `count`, the gradients' row i is that of id occurring[i], increasing, i < count.
 // Edges   an id outside its table stops the kernel before it writes anything. B, K or D = 0 give zeros or no rows.
