@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch._prims_common import suggest_memory_format
 
 from .. import dispatch
 from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
@@ -68,22 +67,28 @@ def allowed_algorithms() -> str:
 def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
     """PyTorch's rule for convolutions: channels_last if the input or the weight is, contiguous otherwise."""
     for x in tensors:
-        # The first comparison settles what is plainly NCHW, the next line what is plainly channels_last; the loop over
-        # dimensions takes 10 us.
-        if x.stride(1) <= x.stride(3):
-            plain = 1 not in x.shape and x.is_contiguous(memory_format=torch.channels_last)
-            if plain or suggest_memory_format(x) == torch.channels_last:
-                return torch.channels_last
+        if _is_channels_last(x.shape, x.stride()):
+            return torch.channels_last
     return torch.contiguous_format
+
+
+def _is_channels_last(shape, stride) -> bool:
+    """What PyTorch calls so where dimensions of one element leave a choice (torch._prims_common takes 10 us to say)."""
+    if stride[1] > stride[3] or stride[1] == 0:  # plainly NCHW
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * shape[d] if shape[d] > 1 else stride[d]
+    return True
 
 
 def output_shape(input, weight, stride, padding, dilation) -> tuple[int, ...]:
     """(N, C_out, OH, OW)."""
-    spatial = [
-        (input.shape[d] + 2 * padding[d - 2] - dilation[d - 2] * (weight.shape[d] - 1) - 1) // stride[d - 2] + 1
-        for d in (2, 3)
-    ]
-    return (input.shape[0], weight.shape[0], *spatial)
+    (batch, _, *size), (channels, _, *kernel) = input.shape, weight.shape
+    windows = zip(size, kernel, stride, padding, dilation)
+    return (batch, channels, *((x + 2 * p - d * (k - 1) - 1) // s + 1 for x, k, s, p, d in windows))
 
 
 def conform(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -113,11 +118,10 @@ _forward = define(
 # --- Backward
 def alloc_grads(input, weight, needed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(d_input, d_weight, d_bias); what is not needed has no elements."""
-    none = weight.new_empty(0)
     return (
-        torch.empty_like(input, memory_format=memory_format(input, weight)) if needed[0] else none,
-        torch.empty_like(weight) if needed[1] else none.clone(),
-        weight.new_empty(weight.shape[0]) if needed[2] else none.clone(),
+        torch.empty_like(input, memory_format=memory_format(input, weight)) if needed[0] else weight.new_empty(0),
+        torch.empty_like(weight) if needed[1] else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if needed[2] else 0),
     )
 
 
