@@ -26,6 +26,12 @@ TABLE, OTHER = torch.randn(7, 8, generator=G), torch.randn(7, 8, generator=G)
 # (fused, eager, the tensors that both take and that may need a gradient)
 OPS = {
     "conv2d_relu": (PF.conv2d_relu, lambda *a: F.relu(F.conv2d(*a)), (X, W, B)),
+    "conv_act": (lambda *a: PF.conv_act(*a, activation="gelu"), lambda *a: F.gelu(F.conv2d(*a)), (X, W, B)),
+    "conv1d + residual": (
+        lambda x, w, r: PF.conv_act(x, w, activation="silu", residual=r),
+        lambda x, w, r: F.silu(F.conv1d(x, w) + r),
+        (X[..., 0], W[..., 0], torch.randn(2, 4, 7, generator=G)),
+    ),
     "conv2d_relu_max_pool2d": (
         PF.conv2d_relu_max_pool2d,
         lambda *a: F.max_pool2d(F.relu(F.conv2d(*a)), 2),

@@ -22,6 +22,8 @@
   K(conv2d_depthwise_backward, (View d_input, View d_weight, View d_bias, View grad, View saved, View input,           \
                                 View weight, int64_t stride, int64_t pad_h, int64_t pad_w, int threads))               \
   K(conv2d_relu_grad, (View g, View d_bias, View grad, View saved, int threads))                                       \
+  K(conv_act, (View out, View z, View residual, int activation, double slope, int threads))                            \
+  K(conv_act_grad, (View g, View d_bias, View grad, View saved, int activation, double slope, int threads))            \
   K(relu_max_pool2d,                                                                                                   \
     (View out, View code, View activation, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))               \
   K(relu_max_unpool2d, (View g, View grad, View code, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))    \
