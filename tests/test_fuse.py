@@ -206,7 +206,7 @@ def remembers(self, x):
 
 
 REASONS = {
-    "no relu": (lambda: nn.Sequential(conv(), nn.Sigmoid()), "Sigmoid follows, not ReLU"),
+    "no relu": (lambda: nn.Sequential(conv(), nn.Sigmoid()), "Sigmoid follows, which is not fused"),
     "returned": (lambda: nn.Sequential(conv()), "its output is what the module returns"),
     "subclass": (lambda: nn.Sequential(Custom(3, 4, 3), nn.ReLU()), "Custom is a subclass of Conv2d"),
     "padding mode": (lambda: nn.Sequential(conv(padding=1, padding_mode="circular"), nn.ReLU()), "padding_mode is"),
@@ -216,17 +216,30 @@ REASONS = {
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(conv()), nn.ReLU()),
         "the Conv2d is parametrised",
     ),
-    "batch norm": (lambda: nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()), "BatchNorm2d stands before the ReLU"),
+    "batch norm": (
+        lambda: nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()),
+        "BatchNorm2d stands before the activation",
+    ),
     "pool indices": (
         functional(lambda self, x: F.max_pool2d(self.conv(x), 2, return_indices=True)[0].relu()),
-        "follows, not ReLU",
+        "follows, which is not fused",
     ),
     "padded pool": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2, padding=1), nn.ReLU()), "MaxPool2d has padding=1"),
     "ceil": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2, ceil_mode=True), nn.ReLU()), "MaxPool2d has ceil_mode=True"),
     "dilated pool": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2, dilation=2), nn.ReLU()), "MaxPool2d has dilation=2"),
     "used twice": (functional(lambda self, x: (lambda y: F.relu(y) + y)(self.conv(x))), "used in several places"),
     "inplace afterwards": (functional(lambda self, x: (lambda y: (F.relu_(y), y)[1])(self.conv(x))), "several places"),
-    "after addition": (functional(lambda self, x: F.relu(self.conv(x) + 1)), "add follows, not ReLU"),
+    "after addition": (functional(lambda self, x: F.relu(self.conv(x) + 1)), "add follows, which is not fused"),
+    "addition alone": (
+        functional(lambda self, x: torch.sigmoid(self.conv(x) + self.one)),
+        "an addition follows, and then sigmoid follows",
+    ),
+    "residual of the wrong kind": (functional(lambda self, x: F.relu(torch.add(self.conv(x), 1.0))), "add follows"),
+    "added twice": (functional(lambda self, x: F.relu(torch.add(self.one, self.conv(x), alpha=2))), "add follows"),
+    "pool before GELU": (
+        lambda: nn.Sequential(conv(), nn.MaxPool2d(2), nn.GELU()),
+        "MaxPool2d follows, and then GELU follows, which is not fused",
+    ),
     "control flow": (functional(lambda self, x: F.relu(self.conv(x)) if x.sum() > 0 else x), "is not one graph"),
     "loop": (functional(lambda self, x: F.relu(next(self.conv(y) for y in x.unsqueeze(0)))), "is not one graph"),
     "attribute": (functional(remembers), "it changes or makes attributes: last"),
@@ -246,6 +259,18 @@ def test_reasons(make, reason):
     assert reason in row.reason
     assert set(vars(model)) - attributes == {"_pyfused_report"}
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("write", [lambda x: x.mul_(2), lambda x: F.relu(x, inplace=True), lambda x: x.__imul__(2)])
+def test_a_convolution_is_not_moved_past_what_may_write_to_its_input(write):
+    model = functional(lambda self, x: (lambda y, x: F.relu(y))(self.conv(x), write(x)))()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = F.relu(model.conv(x))
+        fused(model, x.clone(), mode="inference")
+        (row,) = pyfused.fuse_report(model).rows
+        assert "which runs between its parts, may write to a tensor" in row.reason
+        torch.testing.assert_close(model(x.clone()), expected)
 
 
 def test_a_pool_that_cannot_join_is_left_behind_the_fused_call():

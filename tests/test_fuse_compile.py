@@ -34,13 +34,15 @@ CALLS = {
     "mnist tutorial": ["conv2d_relu_max_pool2d"] * 2,
     "vgg": ["conv2d_relu_max_pool2d", "conv2d_relu", "conv2d_relu_max_pool2d"],
     "resnet": ["conv2d_relu"],
-    "resnet without norm": ["conv2d_relu"] * 3,
+    "resnet without norm": ["conv2d_relu", *["conv2d_relu", "conv_add_act"] * 2],
     "inception": ["conv2d_relu"] * 4 + ["conv2d_relu_max_pool2d"],
     "unet": ["conv2d_relu"] * 3 + ["cross_entropy"],
-    "mobilenet": ["conv2d_relu"] * 2,
+    "mobilenet": ["conv_act", "conv2d_relu", "conv2d_relu"],
     "frozen": ["conv2d_batch_norm_relu_max_pool2d", "conv2d_relu"],
     "matrix factorization": ["embedding_dot"],
     "ranker": ["embedding_dot", "cross_entropy"],
+    "speech": ["conv_act", "conv_add_act"],
+    "activations": ["conv2d_batch_norm_act", "conv_add_act", "conv_add_act", *["conv_act"] * 3],
     "language model": [],  # a branch on values, and a GRU, which TorchDynamo does not capture
 }
 
@@ -73,7 +75,7 @@ def test_inference(name):
         got = torch.compile(model, backend=backend)(*example)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     if name == "resnet":
-        assert backend.calls == ["conv2d_relu"] + ["conv2d_batch_norm_relu", "conv2d_batch_norm"] * 2
+        assert backend.calls == ["conv2d_relu"] + ["conv2d_batch_norm_relu", "conv2d_batch_norm_add_act"] * 2
     assert ("embedding_dot" in backend.calls) is False
 
 

@@ -126,22 +126,23 @@ class Search:
         return keep
 
     def _explain_convolutions(self, calls: dict) -> None:
-        """A row for every Conv2d that no graph shows."""
+        """A row for every convolution that no graph shows."""
         shown = {row.place for row in self.report.rows}
         for path, module in self.modules.items():
-            if "Conv2d" not in type(module).__name__ or path in shown or not path:
+            dims = next((d for d in ("1d", "2d") if f"Conv{d}" in type(module).__name__), None)
+            if dims is None or path in shown or not path:
                 continue
             above = path.rpartition(".")[0]
             reason = self.refusals.get(above)
             if reason is not None:
                 reason = f"the forward of {above or 'the model'} is not one graph: {reason}"
-            elif not isinstance(module, nn.Conv2d):
-                reason = f"{type(module).__module__}.{type(module).__name__} is not torch.nn.Conv2d"
+            elif not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                reason = f"{type(module).__module__}.{type(module).__name__} is not torch.nn.Conv{dims}"
             elif module not in calls:
                 reason = "it is not called with these inputs"
             else:
                 reason = f"it is not called by the forward of {above or 'the model'}"
-            self.report.rows.append(Row(path, "conv2d + relu", reason=reason))
+            self.report.rows.append(Row(path, f"conv{dims} + activation", reason=reason))
 
     # --- Doing
     def _install(self, keep: dict[str, set[str]], heads: dict[str, nn.Module]) -> None:
@@ -179,10 +180,13 @@ def _promising(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential:
         return False
     children = list(_near_children(module))
-    if any(isinstance(c, nn.Conv2d) for c in children) or sum(isinstance(c, nn.Embedding) for c in children) > 1:
+    if (
+        any(isinstance(c, (nn.Conv1d, nn.Conv2d)) for c in children)
+        or sum(isinstance(c, nn.Embedding) for c in children) > 1
+    ):
         return True
     code = getattr(type(module).forward, "__code__", None)
-    return code is not None and not {"cross_entropy", "conv2d", "embedding"}.isdisjoint(code.co_names)
+    return code is not None and not {"cross_entropy", "conv1d", "conv2d", "embedding"}.isdisjoint(code.co_names)
 
 
 def _near_children(module: nn.Module):

@@ -26,7 +26,7 @@ from .._library import define, differentiable_grads, needs_grad, reject
 from . import conv2d_relu as conv
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
-_EAGER = {
+EAGER = {
     "none": lambda z, slope: z,
     "relu": lambda z, slope: F.relu(z),
     "leaky_relu": F.leaky_relu,
@@ -45,7 +45,7 @@ def reference(
     """The op in eager PyTorch."""
     convolve = F.conv1d if _is_rows(weight) else F.conv2d
     z = convolve(input, weight, bias, stride, padding, dilation, groups)
-    return _EAGER[activation](z if residual is None else z + residual, negative_slope)
+    return EAGER[activation](z if residual is None else z + residual, negative_slope)
 
 
 def _reference(input, weight, bias, residual, *options):
@@ -66,7 +66,7 @@ def _reference_forward(input, weight, bias, residual, *options):
     *options, activation, slope, keep = options
     z = _reference(input, weight, bias, residual, *options, ACTIVATIONS.index("none"), slope)
     output, kept = alloc(input, weight, bias, residual, *options, activation, slope, keep)
-    return output.copy_(_EAGER[ACTIVATIONS[activation]](z, slope)), kept.copy_(z) if keep else kept
+    return output.copy_(EAGER[ACTIVATIONS[activation]](z, slope)), kept.copy_(z) if keep else kept
 
 
 _forward = define(
@@ -88,7 +88,7 @@ def _reference_backward(grad, input, weight, saved, *options):
     *options, activation, slope, needed = options
     with torch.enable_grad():  # act' at `saved`: at z, or at an output where it is the same
         z = saved.detach().requires_grad_()
-        (g,) = torch.autograd.grad(_EAGER[ACTIVATIONS[activation]](z, slope), z, grad)
+        (g,) = torch.autograd.grad(EAGER[ACTIVATIONS[activation]](z, slope), z, grad)
     *_, d_residual = alloc_backward(grad, input, weight, saved, *options, activation, slope, needed)
     if needed[3]:
         d_residual.copy_(g)
