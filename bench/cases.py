@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from . import fused_models
 from .models import MnistStep, RecommenderStep
 from .workloads import Case, Conv, CrossEntropy, EmbeddingDot, InBatchCrossEntropy, LinearCrossEntropy
 
@@ -54,6 +55,7 @@ FULL: list[Case] = [
         for rows, why in [(1_000_000, "a million rows: sparse gradients only")]
         for optimizer in ("SGD", "Adagrad", "Adam")
     ],
+    *fused_models.FULL,
 ]
 
 QUICK: list[Case] = [
@@ -77,6 +79,7 @@ QUICK: list[Case] = [
     MnistStep(batch=32, why="the demo's network"),
     RecommenderStep(batch=1024, users=943, items=1682, dim=32, why="the demo's recommender"),
     RecommenderStep(batch=4096, users=20_000, items=20_000, dim=32, sparse=True, why="sparse gradients and SGD"),
+    *fused_models.QUICK,
 ]
 
 

@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES, Block, LanguageModel, ResNet, loss_of
 from torch import nn
 
 import pyfused
-from pyfused.fusion import head, losses, measure
+from pyfused.fusion import convolved, head, losses, measure
 from pyfused.fusion.trace import install
 
 pytestmark = pytest.mark.usefixtures("fused_wins")
@@ -200,9 +200,23 @@ def functional(body):
     return Functional
 
 
-def remembers(self, x):
-    self.last = x
-    return F.relu(self.conv(x))
+class NoGraph(nn.Module):
+    def __init__(self, conv, activation=F.relu):
+        super().__init__()
+        self.conv, self.activation = conv, activation
+
+    def forward(self, x):
+        return self.activation(self.conv(x)) if x.sum() > 0 else x
+
+
+class Remembers(NoGraph):
+    def forward(self, x):
+        self.last = x
+        return self.activation(self.conv(x))
+
+
+def circular():
+    return conv(padding=1, padding_mode="circular")
 
 
 REASONS = {
@@ -240,9 +254,9 @@ REASONS = {
         lambda: nn.Sequential(conv(), nn.MaxPool2d(2), nn.GELU()),
         "MaxPool2d follows, and then GELU follows, which is not fused",
     ),
-    "control flow": (functional(lambda self, x: F.relu(self.conv(x)) if x.sum() > 0 else x), "is not one graph"),
-    "loop": (functional(lambda self, x: F.relu(next(self.conv(y) for y in x.unsqueeze(0)))), "is not one graph"),
-    "attribute": (functional(remembers), "it changes or makes attributes: last"),
+    "no graph": (lambda: NoGraph(circular()), "is not one graph"),
+    "no graph and no activation": (lambda: NoGraph(conv(), torch.sigmoid), "sigmoid reads its output"),
+    "attribute": (lambda: Remembers(circular()), "it changes or makes attributes: last"),
     "unused": (functional(lambda self, x: x), "it is not called with these inputs"),
 }
 
@@ -399,6 +413,101 @@ def test_the_report_prints(capsys):
     assert "candidates fused" in capsys.readouterr().out
 
 
+# --- Convolutions in forwards that are no graph
+class Branches(nn.Module):
+    """Two convolutions of rows whose forward looks at sizes; `between` stands between the first and its activation."""
+
+    def __init__(self, between=lambda y: y, activation=F.gelu):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(6, 6, 3, stride=2)
+        self.between, self.activation = between, activation
+
+    def forward(self, x):
+        if x.shape[-1] < 4 or x.isnan().any():
+            raise ValueError("too short, or not a number")
+        return F.silu(self.conv2(self.activation(self.between(self.conv1(x)))))
+
+
+SOUND = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("activation", [F.gelu, torch.relu, lambda y: F.leaky_relu(y, inplace=True), torch.Tensor.relu])
+def test_convolutions_without_a_graph(activation, mode):
+    torch.manual_seed(0)
+    model = Branches(activation=activation)
+    plain = copy.deepcopy(model)
+    fused(model, (SOUND,), mode=mode)
+    found = rows(model)
+    assert found.keys() == {"conv1", "conv2"} and all(row.fused for row in found.values())
+    assert found["conv2"].pattern == "conv1d + silu"
+    for x in (SOUND, SOUND[..., :9], SOUND[0]):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    for m in (model, plain):
+        m(SOUND).square().sum().backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    twin = pickle.loads(pickle.dumps(model.conv1))
+    assert type(twin)._pyfused_base is nn.Conv1d and type(pyfused.unfuse(model).conv1) is nn.Conv1d
+    torch.testing.assert_close(F.gelu(twin(SOUND)), F.gelu(plain.conv1(SOUND)))
+
+
+@pytest.mark.parametrize(
+    "between, reason",
+    [
+        (lambda y: y * 2, "mul reads its output"),
+        (lambda y: y + F.gelu(y), "add reads its output"),
+        (lambda y: y.transpose(1, 2).transpose(1, 2), "transpose reads its output"),
+    ],
+)
+def test_what_else_reads_a_convolution(between, reason):
+    torch.manual_seed(0)
+    model = Branches(between)
+    plain = copy.deepcopy(model)
+    fused(model, (SOUND,))
+    assert reason in rows(model)["conv1"].reason and rows(model)["conv2"].fused
+    install(model.conv1, convolved.ConvPlan())  # also where fuse would not
+    for m in (model, plain):
+        m(SOUND).sum().backward()
+    torch.testing.assert_close(model(SOUND), plain(SOUND))
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_that_was_put_off_does_not_see_its_input_change():
+    module, x = nn.Conv1d(4, 6, 3), SOUND.clone()
+    install(module, convolved.ConvPlan())
+    out = module(x)
+    assert (out.shape, out.dtype, len(out)) == ((2, 6, 18), torch.float32, 2)
+    x.add_(1)
+    for read in (F.gelu, torch.sum):
+        with pytest.raises(RuntimeError, match="were put off, and what they are computed from has changed"):
+            read(out)
+
+
+def test_bad_calls_of_convolutions_that_are_put_off_raise_what_they_did():
+    module = nn.Conv1d(4, 6, 3)
+    install(module, convolved.ConvPlan())
+    for x in (SOUND[:, :3], SOUND[..., :2], SOUND[None, None]):
+        with pytest.raises(RuntimeError):
+            module(x)
+
+
+def test_convolutions_that_are_put_off_under_autocast():
+    torch.manual_seed(0)
+    model = Branches()
+    plain = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused(model, (SOUND,))
+        assert rows(model)["conv1"].fused
+        out = model.conv1(SOUND)
+        got, expected = model(SOUND), plain(SOUND)
+    assert got.dtype == expected.dtype and out.dtype == torch.bfloat16 == (out + 0).dtype
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
 # --- Heads
 def test_logits_that_were_put_off_can_be_read():
     torch.manual_seed(0)
@@ -426,7 +535,7 @@ def test_logits_that_were_put_off_are_not_read_after_a_step():
     out = model(tokens, tokens)
     with torch.no_grad():
         model.head.weight.add_(1)
-    with pytest.raises(RuntimeError, match="were put off, and the head's input or weight has changed"):
+    with pytest.raises(RuntimeError, match="were put off, and what they are computed from has changed"):
         out["logits"].sum()
 
 

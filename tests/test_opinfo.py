@@ -74,7 +74,9 @@ def test_samples(op, dtype):
             else:
                 torch.testing.assert_close(g, e, equal_nan=True, msg=lambda m, s=sample: f"{s}\n{m}")
         compared += 1
-    assert compared >= 15, "PyTorch's samples for this op have changed: look at them"
+    assert compared >= (10 if op.name.endswith("conv1d") else 15), (
+        "PyTorch's samples for this op have changed: look at them"
+    )
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.error_inputs_func], ids=lambda op: op.name[14:])

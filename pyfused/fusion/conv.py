@@ -131,7 +131,7 @@ def _build(chain: list, calls: list[Call], place: str, note: str) -> Match:
     elif activation.name == "relu" and conv.name == "conv2d" and not add:
         function = functional.conv2d_relu
     else:
-        function, kwargs = functional.conv_act, _activation(activation)
+        function, kwargs = functional.conv_act, activation_of(activation)
     if add:
         at = calls.index(add)
         kwargs |= {"residual": _residual(add, chain[at - 1], chain[at]), "in_place": _writes(chain[at])}
@@ -145,7 +145,7 @@ def _build(chain: list, calls: list[Call], place: str, note: str) -> Match:
     return Match(" + ".join(c.name for c in calls), tuple(chain), function, args, kwargs, place, modules, evals, note)
 
 
-def _activation(call: Call) -> dict:
+def activation_of(call: Call) -> dict:
     """As functional.conv_act takes it."""
     if call.name == "leaky_relu":
         return {"activation": call.name, "negative_slope": call["negative_slope"]}

@@ -131,16 +131,25 @@ def call_of(node: fx.Node, root: nn.Module) -> Call | None:
     if node.op == "call_module":
         return _module_call(node, root.get_submodule(node.target))
     names = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
-    name = names.get(node.target)
+    return bound(names.get(node.target), node.args, node.kwargs)
+
+
+def name_of(function: Callable) -> str | None:
+    """What __torch_function__ was given, by the patterns' name."""
+    return _FUNCTIONS.get(function) or _METHODS.get(getattr(function, "__name__", None))
+
+
+def bound(name: str | None, args: tuple, kwargs: dict) -> Call | None:
+    """The call of a function that the patterns know by this name."""
     if name is None:
         return None
     signature = _SIGNATURES[name]
-    if len(node.args) > len(signature) or not node.kwargs.keys() <= signature.keys():
+    if len(args) > len(signature) or not kwargs.keys() <= signature.keys():
         return None  # another overload, such as x.sum(0, 1)
-    arguments = signature | dict(zip(signature, node.args)) | node.kwargs
+    arguments = signature | dict(zip(signature, args)) | kwargs
     if name == "hardtanh" and (arguments["min_val"], arguments["max_val"]) == (0, 6):
         name = "relu6"  # as which TorchDynamo captures nn.ReLU6
-    return None if REQUIRED in arguments.values() else Call(name, arguments)
+    return None if any(x is REQUIRED for x in arguments.values()) else Call(name, arguments)
 
 
 def _module_call(node: fx.Node, module: nn.Module) -> Call | None:

@@ -139,7 +139,7 @@ def _is_rows(weight) -> bool:
     return isinstance(weight, torch.Tensor) and weight.dim() == 3
 
 
-def _as_maps(input, weight, bias, stride, padding, dilation, groups):
+def as_maps(input, weight, bias, stride, padding, dilation, groups):
     """The arguments of a convolution of rows as those of one of maps of height 1."""
 
     def two(value, first):
@@ -203,7 +203,7 @@ def conv_act(
     if not conv.is_native(input, weight, bias):
         return reference(*given, **kwargs)
     unbatched, args = input.dim() == weight.dim() - 1, (input, weight, bias, *given[3:])
-    problem, args = conv.prepare(*(_as_maps(*args) if rows else args))
+    problem, args = conv.prepare(*(as_maps(*args) if rows else args))
     if problem:
         reject("conv_act", problem, reference, *given, **kwargs)
     if residual is not None:
