@@ -126,6 +126,24 @@ def test_nothing_given_is_changed():
             assert torch.equal(t, original) and torch.equal(t.grad, 2 * g)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 19, 11, 14), (2, 5, 11, 14)], ids=["winograd", "oneDNN"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_gradients(activation, shape, layout):
+    """In one pass or in place: the same as where z is kept."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g).to(memory_format=layout)
+    weight, bias = torch.randn(24, shape[1], 3, 3, generator=g) / 10, torch.randn(24, generator=g)
+    for residual in (None, torch.randn(2, 24, 9, 12, generator=g).to(memory_format=layout)):
+        options = dict(activation=activation, residual=residual)
+        with torch.no_grad():
+            got = PF.conv_act(x, weight, bias, **options)
+        assert got.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(got, reference(x, weight, bias, **options), rtol=1e-4, atol=1e-4)
+        kept = PF.conv_act(x.clone().requires_grad_(), weight, bias, **options)
+        torch.testing.assert_close(got, kept.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_other_residuals_run_in_eager_pytorch():
     """Those that broadcast or promote."""
     for residual in (torch.randn(4, 1, 1), torch.randn(2, 4, 7, 7).double(), 2.0):

@@ -31,6 +31,8 @@
   K(convert_layout, (View out, View input, int threads))                                                               \
   K(conv2d_winograd_transform_weight, (View transformed, View weight, int threads))                                    \
   K(conv2d_winograd, (View out, View input, View weight, View bias, int pad_h, int pad_w, bool relu, int threads))     \
+  K(conv2d_winograd_act, (View out, View input, View weight, View bias, View residual, int pad_h, int pad_w,           \
+                          int activation, double slope, int threads))                                                  \
   K(conv2d_winograd_pool,                                                                                              \
     (View out, View code, View input, View weight, View bias, int pad_h, int pad_w, int threads))                      \
   K(conv2d_winograd_backward_input,                                                                                    \
