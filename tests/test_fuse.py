@@ -142,6 +142,37 @@ def test_nothing_is_timed_twice(monkeypatch):
     assert len(calls) == 6
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("_processor", measure, lambda: "another one"),
+        ("__version__", torch, "99.0"),
+        ("__version__", pyfused, "99.0"),
+        ("get_num_threads", torch, lambda: 99),
+        ("_forced", pyfused.dispatch, "reference"),
+    ],
+    ids=lambda c: c[0],
+)
+def test_times_are_kept_per_machine_and_version(change, monkeypatch):
+    name, owner, value = change
+    calls = []
+    monkeypatch.setattr(measure, "seconds", lambda eager, fused: calls.append(1) or [2.0, 1.0])
+    key = "a call"
+    measure.times_of(key, None, None, [], False)
+    measure.times_of(key, None, None, [], False)
+    assert len(calls) == 1
+    monkeypatch.setattr(owner, name, value)
+    measure.times_of(key, None, None, [], False)
+    assert len(calls) == 2
+
+
+def test_times_are_kept_per_shape_dtype_stride_and_gradient():
+    x = torch.zeros(2, 3, 4, 4)
+    others = (x[:1], x.double(), x.to(memory_format=torch.channels_last), x.clone().requires_grad_(), 1, 2.0, "same")
+    assert len({measure.describe(y) for y in (x, *others)}) == len(others) + 1
+    assert measure.describe(x) == measure.describe(torch.ones_like(x))
+
+
 def test_a_cache_that_cannot_be_written_or_read_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("not a folder")

@@ -126,6 +126,35 @@ def test_with_inductor():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_as_a_pass_of_inductor(training):
+    """After AOTAutograd: the forward convolution and its ReLU are one call, and Inductor fuses the rest."""
+    from pyfused.fusion.post_grad import Pass
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Sigmoid())
+    plain, x, seen = copy.deepcopy(model), torch.randn(2, 3, 8, 8), []
+
+    class Counting(Pass):
+        def __call__(self, graph):
+            super().__call__(graph)
+            seen.append([n.target.name() for n in graph.nodes if getattr(n.target, "namespace", "") == "pyfused"])
+
+    options = {"post_grad_custom_pre_pass": Counting(), "fx_graph_cache": False}
+    compiled = torch.compile(model, options=options)
+    with torch.set_grad_enabled(training):
+        got, expected = compiled(x), plain(x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert seen[0] == ["pyfused::conv2d_relu"]
+    if training:
+        for y in (got, expected):
+            y.square().sum().backward()
+        for p, q in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    assert Pass().uuid() == f"pyfused {pyfused.__version__}"
+
+
 def test_a_fused_model_compiles_whole(fused_wins):
     """pyfused.fuse, then torch.compile: one graph, guards and all."""
     torch._dynamo.reset()
