@@ -1,6 +1,6 @@
 """conv2d + relu in the graphs that Inductor has already lowered to ATen: a pass for any use of Inductor.
 
-    torch.compile(model, options={"post_grad_custom_pre_pass": pyfused.fusion.post_grad.Pass()})
+    torch.compile(model, options={"post_grad_custom_pre_pass": Pass()})
 
 What backend="pyfused" finds comes earlier and is more: losses, activations and pools are taken apart before this runs,
 and in training only the forward convolution is replaced. It is for those who must keep another backend's front end.
