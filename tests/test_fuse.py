@@ -500,6 +500,8 @@ def test_convolutions_without_a_graph(activation, mode):
     [
         (lambda y: y * 2, "mul reads its output"),
         (lambda y: y + F.gelu(y), "add reads its output"),
+        (lambda y: (y.relu_(), y * 2)[1], "mul reads its output"),
+        (lambda y: (F.silu(y, inplace=True), y * 2)[1], "mul reads its output"),
         (lambda y: y.transpose(1, 2).transpose(1, 2), "transpose reads its output"),
     ],
 )

@@ -40,7 +40,7 @@ class Convolved(PutOff):
             return None
         self.tell((self, activation_of(call)), name)
         out = self.activated(**activation_of(call))
-        if call.arguments.get("inplace"):
+        if call.arguments.get("inplace") or function.__name__.endswith("_"):
             self.value, self.seen = out, True
         return out
 
