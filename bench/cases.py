@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from . import fused_models
 from .models import MnistStep, RecommenderStep
-from .workloads import Case, Conv, CrossEntropy, EmbeddingDot, InBatchCrossEntropy, LinearCrossEntropy
+from .workloads import Case, Conv, ConvAct, CrossEntropy, EmbeddingDot, InBatchCrossEntropy, LinearCrossEntropy
 
 BF16 = torch.bfloat16
 
@@ -25,6 +26,16 @@ FULL: list[Case] = [
     Conv(shape=(8, 64, 56, 56), out=128, stride=2, padding=1, why="a ResNet stage's first layer: stride 2"),
     Conv(shape=(8, 96, 56, 56), out=96, padding=1, groups=96, why="MobileNet: depthwise"),
     Conv(shape=(8, 64, 56, 56), out=64, padding=1, dtype=BF16, why="half the bytes, twice the arithmetic"),
+    ConvAct(
+        shape=(4, 512, 3199), out=512, stride=2, activation="gelu", why="wav2vec2's second layer, a second of sound"
+    ),
+    ConvAct(shape=(4, 80, 3000), out=384, padding=1, activation="gelu", why="Whisper's first layer"),
+    ConvAct(shape=(8, 64, 56, 56), out=64, padding=1, activation="silu", why="a detector's 3x3"),
+    ConvAct(shape=(8, 64, 56, 56), out=128, stride=2, padding=1, activation="silu", why="its downsampling"),
+    ConvAct(
+        shape=(8, 64, 56, 56), out=64, padding=1, activation="relu", residual=True, why="ResNet's block, norm folded"
+    ),
+    ConvAct(shape=(8, 64, 56, 56), out=256, kernel=1, activation="relu", residual=True, why="its bottleneck"),
     CrossEntropy(shape=(1024, 32000), why="a language model's vocabulary", memory=True),
     CrossEntropy(shape=(512, 128256), why="a large vocabulary: 263 MB of logits"),
     CrossEntropy(shape=(8192, 1000), why="ImageNet's classes: a row fits the nearest cache"),
@@ -54,6 +65,7 @@ FULL: list[Case] = [
         for rows, why in [(1_000_000, "a million rows: sparse gradients only")]
         for optimizer in ("SGD", "Adagrad", "Adam")
     ],
+    *fused_models.FULL,
 ]
 
 QUICK: list[Case] = [
@@ -63,6 +75,9 @@ QUICK: list[Case] = [
     Conv(shape=(2, 64, 28, 28), out=64, padding=1, why="a ResNet layer"),
     Conv(shape=(2, 64, 28, 28), out=64, kernel=1, why="1x1"),
     Conv(shape=(2, 3, 64, 64), out=32, kernel=7, stride=2, padding=3, first=True, why="a stem"),
+    ConvAct(shape=(2, 80, 500), out=96, padding=1, activation="gelu", why="a convolution of rows"),
+    ConvAct(shape=(2, 32, 28, 28), out=64, padding=1, activation="silu", why="maps"),
+    ConvAct(shape=(2, 32, 28, 28), out=32, padding=1, activation="relu", residual=True, why="a residual"),
     CrossEntropy(shape=(64, 32000), why="a large vocabulary", memory=True),
     CrossEntropy(shape=(1024, 1000), why="a middling number of classes"),
     CrossEntropy(shape=(8192, 10), why="few classes"),
@@ -77,6 +92,7 @@ QUICK: list[Case] = [
     MnistStep(batch=32, why="the demo's network"),
     RecommenderStep(batch=1024, users=943, items=1682, dim=32, why="the demo's recommender"),
     RecommenderStep(batch=4096, users=20_000, items=20_000, dim=32, sparse=True, why="sparse gradients and SGD"),
+    *fused_models.QUICK,
 ]
 
 

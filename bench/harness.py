@@ -219,7 +219,7 @@ def _row(case, direction: str, name: str, timing: Timing, medians: dict[str, flo
     cost = case.cost(direction)
     bandwidth, arithmetic = machine.copy_rate(cost.bytes, device), machine.matmul_rate(case.dtype, device)
     floor_ms = max(cost.bytes / bandwidth, cost.flops / arithmetic) / 1e6
-    compiled = [ms for other, ms in medians.items() if "compile" in other]
+    compiled = [ms for other, ms in medians.items() if other.startswith("compile")]
     return {
         "op": case.op,
         "case": case.name,

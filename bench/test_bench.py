@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from . import cases, harness, machine, memory, report, summary
 from .__main__ import app
 from .cases import FULL, QUICK, select
-from .workloads import Conv, CrossEntropy, EmbeddingDot, LinearCrossEntropy
+from .workloads import Conv, ConvAct, CrossEntropy, EmbeddingDot, LinearCrossEntropy
 
 CPU = torch.device("cpu")
 EVERYTHING = os.environ.get("PYFUSED_BENCH") == "full"
@@ -207,6 +207,11 @@ def test_cost_models_by_hand():
     assert pooled.cost("training") == (4 * (216 + 108 + 4 + 32 + 216 + 32 + 216 + 4) + 64, 2 * 2 * 128 * 27)
     assert CrossEntropy(shape=(8, 10), why="").cost("training").bytes == 3 * 320 + 2 * 64
     assert LinearCrossEntropy(rows=2, features=3, classes=5, why="").cost("training").flops == 3 * 2 * 2 * 3 * 5
+    act = ConvAct(
+        shape=(2, 3, 8), out=4, activation="gelu", residual=True, why=""
+    )  # weight 4 x 3 x 3, output 2 x 4 x 6
+    assert act.cost("forward") == (4 * (48 + 36 + 4 + 48 + 48), 2 * 12 * 36)
+    assert act.cost("training").bytes == 4 * (184 + 2 * 48 + 48 + 2 * (48 + 36) + 4 + 48)
     dot = EmbeddingDot(batch=4, table_rows=9, dim=2, why="")
     assert dot.cost("forward") == (4 * (16 + 16 + 4), 16)
     assert dot.cost("training").bytes == 2 * 144 + 2 * 9 * 8

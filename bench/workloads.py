@@ -127,6 +127,102 @@ class Conv(Case):
         }
 
 
+class EagerConvAct(nn.Module):
+    """What `pyfused.nn.ConvAct1d` and `ConvAct2d` replace; in place where autograd allows it."""
+
+    FUNCTIONS: ClassVar[dict[str, Callable]] = {
+        "relu": partial(F.relu, inplace=True),
+        "silu": F.silu,  # its derivative needs what it is given
+        "gelu": F.gelu,
+        "hardswish": F.hardswish,
+    }
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d, activation: str) -> None:
+        super().__init__()
+        self.conv, self.activation = conv, self.FUNCTIONS[activation]
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        z = self.conv(x)
+        if residual is not None:
+            z += residual
+        return self.activation(z)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvAct(Case):
+    """activation(conv(x) [+ residual]) for x of (N, C, L) or (N, C, H, W)."""
+
+    op: ClassVar[str] = "conv_act"
+    gradient_tolerance: ClassVar[float] = 5e-2
+    shape: tuple[int, ...]
+    out: int
+    activation: str
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 0
+    residual: bool = False
+
+    @property
+    def shape_text(self) -> str:
+        return "x".join(map(str, self.shape)) + f"->{self.out}"
+
+    @property
+    def name(self) -> str:
+        extras = (
+            [f"k{self.kernel}"] + [f"s{self.stride}"] * (self.stride > 1) + [f"p{self.padding}"] * bool(self.padding)
+        )
+        return " ".join([self.shape_text, *extras, *["residual"] * self.residual, self.activation])
+
+    def tiny(self) -> Case:
+        return replace(self, shape=(min(self.shape[0], 2), self.shape[1], *[16] * (len(self.shape) - 2)))
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Elements of input, weight and output."""
+        spatial = [(n + 2 * self.padding - self.kernel) // self.stride + 1 for n in self.shape[2:]]
+        weight = self.out * self.shape[1] * self.kernel ** len(spatial)
+        return math.prod(self.shape), weight, self.shape[0] * self.out * math.prod(spatial)
+
+    def cost(self, direction: str) -> Cost:
+        x, weight, y = self._sizes()
+        flops, elements = 2 * y // self.out * weight, x + weight + self.out + y * (1 + self.residual)
+        if direction == "training":  # z, or for ReLU the output, written or kept, and read; dy; dx, dw, db, dresidual
+            elements += 2 * y + y * (self.activation != "relu") + 2 * (x + weight) + self.out + y * self.residual
+            flops *= 3
+        return Cost(elements * self.dtype.itemsize, flops)
+
+    def contenders(self, direction: str, device: torch.device) -> Builders:
+        rows = len(self.shape) == 3
+        geometry = (self.shape[1], self.out, self.kernel, self.stride, self.padding)
+        conv = (nn.Conv1d if rows else nn.Conv2d)(*geometry, dtype=self.dtype, device=device)
+        x = torch.randn(self.shape, dtype=self.dtype, device=device)
+        residual = torch.randn_like(conv(x)) if self.residual else None
+
+        def eager():
+            return EagerConvAct(copy.deepcopy(conv), self.activation)
+
+        def fused():
+            module = (pnn.ConvAct1d if rows else pnn.ConvAct2d)(*geometry, activation=self.activation)
+            module.to(device, self.dtype).load_state_dict(conv.state_dict())
+            return module
+
+        def build(make, memory_format, compiled=False):
+            module = make().to(memory_format=memory_format).train(direction == "training")
+            inputs = [
+                t.detach().to(memory_format=memory_format, copy=True).requires_grad_()
+                for t in (x, residual)
+                if t is not None
+            ]
+            leaves = [*inputs, *module.parameters()]
+            return step(torch.compile(module) if compiled else module, [tuple(inputs)], leaves, direction)
+
+        layouts = {"": torch.contiguous_format} | ({} if rows else {" NHWC": torch.channels_last})
+        return {
+            **{f"eager{name}": lambda f=f: build(eager, f) for name, f in layouts.items()},
+            **{f"compile{name}": lambda f=f: build(eager, f, compiled=True) for name, f in layouts.items()},
+            **{f"pyfused{name}": lambda f=f: build(fused, f) for name, f in layouts.items()},
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Case):
     """cross_entropy of logits (N, C, d1, ...) with class indices, or with probabilities (soft=True)."""

@@ -35,6 +35,37 @@ class Conv2dReLUMaxPool2d(nn.Conv2d):
         return f"{super().extra_repr()}, pool_size={self.pool_size}, pool_stride={self.pool_stride}"
 
 
+class _ConvAct:
+    def __init__(self, *args, activation="relu", negative_slope=0.01, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def forward(self, input, residual=None):
+        arguments = _padded(self, input, self.weight, self.bias)
+        options = {"activation": self.activation, "negative_slope": self.negative_slope, "residual": residual}
+        return functional.conv_act(*arguments, **options)
+
+    def extra_repr(self):
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"{super().extra_repr()}, activation={self.activation}{slope}"
+
+
+class ConvAct1d(_ConvAct, nn.Conv1d):
+    """activation(conv1d(input) + residual), see functional.conv_act.
+
+    Args: as torch.nn.Conv1d, and
+        activation, negative_slope: of functional.conv_act.
+    """
+
+
+class ConvAct2d(_ConvAct, nn.Conv2d):
+    """activation(conv2d(input) + residual), see functional.conv_act.
+
+    Args: as torch.nn.Conv2d, and
+        activation, negative_slope: of functional.conv_act.
+    """
+
+
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """Arguments and state_dict as torch.nn.CrossEntropyLoss, and `z_loss` and `softcap` of functional.cross_entropy."""
 
@@ -87,7 +118,7 @@ class LinearCrossEntropyLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
-def _padded(conv: nn.Conv2d, input, weight, bias) -> tuple:
+def _padded(conv: nn.Conv1d | nn.Conv2d, input, weight, bias) -> tuple:
     """The positional arguments of functional.conv2d_relu; padding other than with zeros is done here."""
     padding = conv.padding
     if conv.padding_mode != "zeros":

@@ -111,7 +111,7 @@ class UNet(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """Depthwise and pointwise, ReLU6 (not fused), strides."""
+    """Depthwise and pointwise, ReLU6, strides."""
 
     def __init__(self):
         super().__init__()
@@ -122,6 +122,57 @@ class MobileNet(nn.Module):
 
     def forward(self, x):
         return self.body(x)
+
+
+class Activation(nn.Module):
+    """An activation as transformers writes them: a module around a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.act = function
+
+    def forward(self, input):
+        return self.act(input)
+
+
+class Speech(nn.Module):
+    """wav2vec2's front end: convolutions of rows with GELU, the first with a norm between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv1d(1, 8, 10, stride=5, bias=False), nn.GroupNorm(8, 8)
+        self.second, self.third = nn.Conv1d(8, 12, 3, stride=2), nn.Conv1d(12, 12, 3, padding=1)
+        self.activation, self.head = Activation(F.gelu), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.activation(self.norm(self.first(x)))
+        x = self.activation(self.second(x))
+        x = F.gelu(self.third(x) + x, approximate="tanh")
+        return self.head(x.transpose(1, 2)).mean(1)
+
+
+class Activations(nn.Module):
+    """Every activation, as modules and functions; a residual in place and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1) for i in range(6))
+        self.silu, self.leaky, self.norm = nn.SiLU(inplace=True), nn.LeakyReLU(0.2), nn.BatchNorm2d(4).eval()
+
+    def forward(self, x):
+        x = self.silu(self.norm(self.convs[0](x)))
+        x = self.leaky(self.convs[1](x) + x)
+        y = self.convs[2](x)
+        y += x
+        x = F.hardswish(y)
+        x = F.relu6(self.convs[3](x))
+        x = F.gelu(self.convs[4](x))
+        return F.leaky_relu(self.convs[5](x), -0.1).flatten(1)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
 
 
 class FrozenBackbone(nn.Module):
@@ -199,6 +250,11 @@ def images(channels: int, size: int):
     return make
 
 
+def sound(dtype):
+    g = torch.Generator().manual_seed(0)
+    return (torch.randn(3, 1, 200, generator=g, dtype=torch.float64).to(dtype),)
+
+
 def integers(*bounds_and_shapes):
     def make(dtype=None):
         g = torch.Generator().manual_seed(0)
@@ -220,20 +276,26 @@ class Architecture:
 
 
 POOLED, CONV, DOT = "conv2d + relu + max_pool2d", "conv2d + relu", "embedding dot + bias"
+ADDED = "conv2d + add + relu"
 LOSS, HEAD = "cross_entropy", "linear + cross_entropy"
 ARCHITECTURES = [
     Architecture("mnist tutorial", MnistTutorial, images(1, 28), ("conv2d + max_pool2d + relu",) * 2),
     Architecture("vgg", vgg, images(3, 16), (POOLED, CONV, POOLED)),
     Architecture("resnet", lambda: ResNet(True), images(3, 32), (CONV,)),
-    Architecture("resnet without norm", lambda: ResNet(False), images(3, 32), (CONV,) * 3),
+    Architecture("resnet without norm", lambda: ResNet(False), images(3, 32), (*(CONV,) * 3, *(ADDED,) * 2)),
     Architecture("inception", Inception, images(3, 12), (*(CONV,) * 4, POOLED)),
     Architecture("unet", UNet, pixels, (*(CONV,) * 3, LOSS)),
-    Architecture("mobilenet", MobileNet, images(3, 16), (CONV,) * 2),
+    Architecture("mobilenet", MobileNet, images(3, 16), ("conv2d + relu6", *(CONV,) * 2)),
     Architecture("frozen", FrozenBackbone, images(3, 16), ("conv2d + batch_norm + relu + max_pool2d", CONV)),
     Architecture("matrix factorization", MatrixFactorization, integers((20, (9,)), (30, (9,))), (DOT,)),
     Architecture(
         "ranker", Ranker, integers((20, (9,)), (30, (9, 5)), (5, (9,))), (DOT, LOSS)
     ),
+    Architecture("speech", Speech, sound, ("conv1d + gelu", "conv1d + add + gelu")),
+    Architecture("activations", Activations, images(3, 12), (
+        "conv2d + batch_norm + silu", "conv2d + add + leaky_relu", "conv2d + add + hardswish", "conv2d + relu6",
+        "conv2d + gelu", "conv2d + leaky_relu",
+    )),
     Architecture("language model", LanguageModel, integers((40, (3, 7)), (40, (3, 7))), (HEAD,)),
 ]  # fmt: skip
 

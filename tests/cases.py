@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from pyfused.ops import conv_act
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NOT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,18 @@ WINOGRAD = 3e-5
 
 def conv_case(
     name, why, shape, c_out, kernel, *, op="conv2d_relu", bias=True, layout=None, weight_layout=None, exact=False,
-    dtypes=DTYPES, slack=0.0, view=None, **options,
+    dtypes=DTYPES, slack=0.0, view=None, residual=None, **options,
 ) -> Case:  # fmt: skip
-    """`exact`: multiples of 1/8, so that no dtype rounds the output and a maximum has ties. `view`: of the input."""
+    """`exact`: multiples of 1/8, so that no dtype rounds the output and a maximum has ties. `view`: of the input.
+
+    `residual`: the memory format of one.
+    """
 
     def make(g):
         def values(*shape, scale=1.0):
             return randint(g, 9, *shape).double() / 4 - 1 if exact else randn(g, *shape, scale=scale)
 
-        weight_shape = (c_out, shape[-3] // options.get("groups", 1), *kernel)
+        weight_shape = (c_out, shape[-1 - len(kernel)] // options.get("groups", 1), *kernel)
         weight = values(*weight_shape, scale=(c_out / max(1, torch.Size(weight_shape).numel())) ** 0.5)
         arguments = {"input": values(*shape), "weight": weight.round() if exact else weight, **options}
         arguments["input"] = arguments["input"].contiguous(memory_format=layout or torch.contiguous_format)
@@ -84,9 +90,12 @@ def conv_case(
             arguments["input"] = view(arguments["input"])
         if bias:
             arguments["bias"] = values(c_out)
+        if residual:
+            arguments["residual"] = values(*conv_act.reference(**arguments).shape).contiguous(memory_format=residual)
         return arguments
 
-    return Case(op, name, why, make, ("input", "weight", "bias") if bias else ("input", "weight"), dtypes, slack)
+    grad = ("input", "weight", *["bias"] * bias, *["residual"] * bool(residual))
+    return Case(op, name, why, make, grad, dtypes, slack)
 
 
 def frozen_input(case: Case) -> Case:
@@ -151,6 +160,63 @@ CONV2D_RELU: list[Case] = [
     conv_case("1x1-cl", "the same in channels_last", (4, 19, 9, 11), 37, (1, 1), layout=CHANNELS_LAST),
     conv_case("1x1-weight-cl", "channels_last by the weight alone", (5, 20, 8, 8), 24, (1, 1),
               weight_layout=CHANNELS_LAST, bias=False),
+]  # fmt: skip
+
+# --- conv_act --------------------------------------------------------------------------------------------------------
+PLAIN = torch.contiguous_format
+
+
+def act_case(name, why, *args, **options) -> Case:
+    return conv_case(name, why, *args, op="conv_act", **options)
+
+
+CONV_ACT: list[Case] = [
+    *[
+        act_case(name, "the activation: whole vectors and a tail", (2, 9, 8, 9), 21, (3, 3), activation=name)
+        for name in conv_act.ACTIVATIONS
+    ],
+    act_case("cl", "channels_last, a tail of channels", (2, 9, 8, 9), 21, (2, 2), layout=CHANNELS_LAST,
+             activation="gelu"),
+    act_case("rows", "a convolution of rows", (2, 6, 50), 7, (3,), activation="gelu"),
+    *[
+        act_case(f"{name}-exact", f"the edges of {name} themselves", (2, 4, 9, 9), 5, (2, 2), exact=True,
+                 activation=name)
+        for name in ("relu6", "hardswish", "leaky_relu")
+    ],
+    act_case("negative-slope", "a slope below 0: the output does not tell z's sign", (2, 4, 9, 9), 5, (2, 2),
+             activation="leaky_relu", negative_slope=-0.25),
+    act_case("steep", "z far out, where exponentials end and derivatives are 0 or 1", (2, 30, 8, 8), 5, (3, 3),
+             activation="gelu", view=lambda x: x * 8),
+    act_case("steep-tanh", "the same for the tanh form", (2, 30, 8, 8), 5, (3, 3), activation="gelu_tanh",
+             view=lambda x: x * 8),
+    act_case("steep-silu", "the same for SiLU", (2, 30, 8, 8), 5, (3, 3), activation="silu", view=lambda x: x * 40),
+    act_case("residual-relu", "ResNet's block: act' from the output", (2, 6, 9, 9), 6, (3, 3), padding=1,
+             residual=PLAIN),
+    act_case("residual-cl", "a residual in channels_last", (2, 6, 9, 9), 20, (3, 3), layout=CHANNELS_LAST,
+             residual=CHANNELS_LAST, activation="silu"),
+    act_case("residual-mixed", "a residual in the other layout", (2, 6, 9, 9), 20, (3, 3), layout=CHANNELS_LAST,
+             residual=PLAIN, activation="gelu"),
+    act_case("residual-none", "an addition alone, no bias", (2, 6, 9, 9), 6, (3, 3), residual=PLAIN, bias=False,
+             activation="none"),
+    act_case("residual-rows", "a residual of rows", (2, 6, 30), 5, (3,), residual=PLAIN, activation="gelu_tanh"),
+    act_case("residual-unbatched", "a residual of (C, H, W)", (6, 9, 9), 5, (3, 3), residual=PLAIN),
+    act_case("rows-unbatched", "(C, L)", (3, 40), 4, (5,), stride=(2,), padding=(1,)),
+    act_case("rows-same", "padding='same' of an even kernel, dilated", (2, 3, 40), 4, (4,), padding="same", dilation=3,
+             activation="silu"),
+    act_case("rows-grouped", "wav2vec2's positional convolution", (2, 8, 40), 8, (16,), padding=8, groups=4,
+             activation="gelu"),
+    act_case("rows-strided", "wav2vec2's first layer: one channel, a wide kernel", (2, 1, 200), 20, (10,), stride=5,
+             bias=False, activation="gelu"),
+    act_case("rows-relu", "ReLU of rows: conv2d_relu's direct kernels on maps of height 1", (3, 2, 60), 40, (3,),
+             padding=1),
+    act_case("rows-gaps", "rows with gaps", (4, 5, 60), 9, (3,), view=lambda x: x[::2, :, ::2], activation="gelu"),
+    act_case("blocks", "several blocks and threads, rows over several parts", (3, 6, 50, 51), 17, (1, 1),
+             layout=CHANNELS_LAST, activation="hardswish", dtypes=NOT_FLOAT64),
+    act_case("empty", "no images", (0, 3, 8, 9), 4, (3, 3), activation="gelu"),
+    act_case("winograd", "Winograd without its ReLU, NCHW", (6, 16, 9, 10), 16, (3, 3), slack=WINOGRAD,
+             activation="silu"),
+    act_case("winograd-cl", "Winograd, channels_last, a residual", (2, 19, 11, 14), 37, (3, 3), layout=CHANNELS_LAST,
+             padding=1, slack=WINOGRAD, residual=CHANNELS_LAST),
 ]  # fmt: skip
 
 # --- conv2d_relu_max_pool2d ------------------------------------------------------------------------------------------
@@ -412,7 +478,6 @@ LINEAR_CROSS_ENTROPY: list[Case] = [
 
 # --- embedding_dot ---------------------------------------------------------------------------------------------------
 # Long sums whose rounding in float64 depends on luck, the truth's too: there test_embedding_dot.py has exact sums.
-NOT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def embedding_case(
@@ -551,5 +616,5 @@ IN_BATCH_CROSS_ENTROPY: list[Case] = [
     in_batch_case("odd-dim", "D = 13: row tails in the sums by id", dim=13, reduction="none"),
 ]
 
-CASES = [*CONV2D_RELU, *CONV2D_RELU_MAX_POOL2D, *CROSS_ENTROPY, *LINEAR_CROSS_ENTROPY, *EMBEDDING_DOT]
+CASES = [*CONV2D_RELU, *CONV_ACT, *CONV2D_RELU_MAX_POOL2D, *CROSS_ENTROPY, *LINEAR_CROSS_ENTROPY, *EMBEDDING_DOT]
 CASES += IN_BATCH_CROSS_ENTROPY

@@ -26,6 +26,12 @@ TABLE, OTHER = torch.randn(7, 8, generator=G), torch.randn(7, 8, generator=G)
 # (fused, eager, the tensors that both take and that may need a gradient)
 OPS = {
     "conv2d_relu": (PF.conv2d_relu, lambda *a: F.relu(F.conv2d(*a)), (X, W, B)),
+    "conv_act": (lambda *a: PF.conv_act(*a, activation="gelu"), lambda *a: F.gelu(F.conv2d(*a)), (X, W, B)),
+    "conv1d + residual": (
+        lambda x, w, r: PF.conv_act(x, w, activation="silu", residual=r),
+        lambda x, w, r: F.silu(F.conv1d(x, w) + r),
+        (X[..., 0], W[..., 0], torch.randn(2, 4, 7, generator=G)),
+    ),
     "conv2d_relu_max_pool2d": (
         PF.conv2d_relu_max_pool2d,
         lambda *a: F.max_pool2d(F.relu(F.conv2d(*a)), 2),
@@ -221,6 +227,98 @@ def test_data_parallel():
     assert torch.equal(nn.DataParallel(model)(*EXAMPLE), model(*EXAMPLE))
     replica = model._replicate_for_data_parallel()
     assert replica.loss is model.loss and torch.equal(replica(*EXAMPLE), model(*EXAMPLE))
+
+
+# --- A model that fuse has changed
+@pytest.fixture
+def fused_vgg(tmp_path):
+    """(unmodified, fused, example)"""
+    torch.manual_seed(0)
+    model = _fused_model(tmp_path / "cache")
+    return pyfused.unfuse(copy.deepcopy(model)), model, _vgg_example()[0]
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def test_fused_under_autocast(fused_vgg):
+    plain, model, x = fused_vgg
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = model(x), plain(x)
+    assert got.dtype == expected.dtype
+    same([got.float()], [expected.float()], rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_fused_under_checkpointing(fused_vgg, reentrant):
+    plain, model, x = fused_vgg
+    x = x.requires_grad_()
+    got = checkpoint(model, x, use_reentrant=reentrant)
+    got.square().sum().backward()
+    same([p.grad for p in model.parameters()], gradients(plain, plain(x).square().sum()), rtol=1e-3, atol=1e-4)
+
+
+def test_fused_under_torch_func(fused_vgg):
+    """Transforms run the model's own forward, per-sample gradients included."""
+    plain, model, x = fused_vgg
+    found = []
+    for m in (model, plain):
+        parameters = {name: p.detach() for name, p in m.named_parameters()}
+
+        def loss(p, one, m=m):
+            return torch.func.functional_call(m, p, (one.unsqueeze(0),)).square().sum()
+
+        found.append(torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x))
+    same(found[0].values(), found[1].values(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_fused_exports(fused_vgg, strict):
+    plain, model, x = fused_vgg
+    program = torch.export.export(model.eval(), (x,), strict=strict)
+    same([program.module()(x)], [plain.eval()(x)])
+
+
+def test_fused_is_saved_and_loaded(fused_vgg):
+    plain, model, x = fused_vgg
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    twin = torch.load(stream, weights_only=False)
+    assert any(hasattr(m, "_pyfused_plan") for m in twin.modules()) and torch.equal(twin(x), model(x))
+    plain.load_state_dict(model.state_dict())
+
+
+def test_fused_in_data_parallel(fused_vgg):
+    plain, model, x = fused_vgg
+    same([nn.DataParallel(model)(x), model._replicate_for_data_parallel()(x)], [plain(x)] * 2)
+
+
+def test_fused_with_grad_scaler_and_determinism(fused_vgg):
+    plain, model, x = fused_vgg
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        scaler.scale(model(x).square().sum()).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = gradients(plain, plain(x).square().sum())
+    same([p.grad / 1024 for p in model.parameters()], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_fused_meta_and_fake_tensors(fused_vgg):
+    _, model, x = fused_vgg
+    from torch._subclasses import FakeTensorMode
+
+    assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == model(x).shape
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(x)).shape == model(x).shape
+
+
+def test_fused_takes_tensor_subclasses(fused_vgg):
+    plain, model, x = fused_vgg
+    same([model(x.as_subclass(Tagged)).as_subclass(torch.Tensor)], [plain(x)])
 
 
 # --- Two processes

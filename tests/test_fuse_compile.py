@@ -34,13 +34,15 @@ CALLS = {
     "mnist tutorial": ["conv2d_relu_max_pool2d"] * 2,
     "vgg": ["conv2d_relu_max_pool2d", "conv2d_relu", "conv2d_relu_max_pool2d"],
     "resnet": ["conv2d_relu"],
-    "resnet without norm": ["conv2d_relu"] * 3,
+    "resnet without norm": ["conv2d_relu", *["conv2d_relu", "conv_add_act"] * 2],
     "inception": ["conv2d_relu"] * 4 + ["conv2d_relu_max_pool2d"],
     "unet": ["conv2d_relu"] * 3 + ["cross_entropy"],
-    "mobilenet": ["conv2d_relu"] * 2,
+    "mobilenet": ["conv_act", "conv2d_relu", "conv2d_relu"],
     "frozen": ["conv2d_batch_norm_relu_max_pool2d", "conv2d_relu"],
     "matrix factorization": ["embedding_dot"],
     "ranker": ["embedding_dot", "cross_entropy"],
+    "speech": ["conv_act", "conv_add_act"],
+    "activations": ["conv2d_batch_norm_act", "conv_add_act", "conv_add_act", *["conv_act"] * 3],
     "language model": [],  # a branch on values, and a GRU, which TorchDynamo does not capture
 }
 
@@ -73,7 +75,7 @@ def test_inference(name):
         got = torch.compile(model, backend=backend)(*example)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     if name == "resnet":
-        assert backend.calls == ["conv2d_relu"] + ["conv2d_batch_norm_relu", "conv2d_batch_norm"] * 2
+        assert backend.calls == ["conv2d_relu"] + ["conv2d_batch_norm_relu", "conv2d_batch_norm_add_act"] * 2
     assert ("embedding_dot" in backend.calls) is False
 
 
@@ -122,6 +124,35 @@ def test_with_inductor():
         y.square().sum().backward()
     for p, q in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_as_a_pass_of_inductor(training):
+    """After AOTAutograd: the forward convolution and its ReLU are one call, and Inductor fuses the rest."""
+    from pyfused.fusion.post_grad import Pass
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Sigmoid())
+    plain, x, seen = copy.deepcopy(model), torch.randn(2, 3, 8, 8), []
+
+    class Counting(Pass):
+        def __call__(self, graph):
+            super().__call__(graph)
+            seen.append([n.target.name() for n in graph.nodes if getattr(n.target, "namespace", "") == "pyfused"])
+
+    options = {"post_grad_custom_pre_pass": Counting(), "fx_graph_cache": False}
+    compiled = torch.compile(model, options=options)
+    with torch.set_grad_enabled(training):
+        got, expected = compiled(x), plain(x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert seen[0] == ["pyfused::conv2d_relu"]
+    if training:
+        for y in (got, expected):
+            y.square().sum().backward()
+        for p, q in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    assert Pass().uuid() == f"pyfused {pyfused.__version__}"
 
 
 def test_a_fused_model_compiles_whole(fused_wins):

@@ -125,14 +125,57 @@ def test_a_saved_model_loads_into_an_unfused_one(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(swapped.state_dict().values(), loaded.state_dict().values()))
 
 
-def test_ctc_heads_are_left_alone():
+def wav2vec2(norm="group"):
     torch.manual_seed(0)
-    conv = dict(conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4)
-    small = TEXT | conv | dict(num_conv_pos_embedding_groups=2, mask_time_prob=0.0)
-    m = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**small)).train()
-    pyfused.fuse(m, {"input_values": torch.randn(2, 800), "labels": text()["labels"][:, :5]}, verbose=False)
-    (row,) = pyfused.fuse_report(m).rows
-    assert "log_softmax" in row.reason
+    conv = dict(conv_dim=(16, 16, 16), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 2), num_conv_pos_embeddings=4)
+    small = TEXT | conv | dict(num_conv_pos_embedding_groups=2, mask_time_prob=0.0, feat_extract_norm=norm)
+    return transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**small)).train()
+
+
+def sound():
+    return {"input_values": torch.randn(2, 800), "labels": text()["labels"][:, :5]}
+
+
+def front_end(m):
+    return {r.place.rpartition("conv_layers.")[2]: r for r in pyfused.fuse_report(m).rows if "conv1d" in r.pattern}
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_speech_front_ends(mode):
+    """wav2vec2: Conv1d + GELU where no norm stands between; CTC heads need their log-softmax."""
+    torch.manual_seed(0)
+    plain, swapped, given = wav2vec2(), wav2vec2(), sound()
+    pyfused.fuse(swapped, given, mode=mode, verbose=False)
+    found = front_end(swapped)
+    assert [found[f"{i}.conv"].fused for i in range(3)] == [False, True, True]
+    assert found["1.conv"].pattern == "conv1d + gelu" and "GroupNorm follows" in found["0.conv"].reason
+    if mode == "train":
+        assert "log_softmax" in next(r.reason for r in pyfused.fuse_report(swapped).rows if r.place == "lm_head")
+        same_training(plain, swapped, given)
+    else:
+        got, expected = (m.eval()(**given).logits for m in (swapped, plain))
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_between_convolution_and_gelu_is_named():
+    m = wav2vec2("layer")
+    pyfused.fuse(m, sound(), verbose=False)
+    assert not any(r.fused for r in front_end(m).values())
+    assert "transpose follows, which is not fused" in front_end(m)["0.conv"].reason
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_whisper_front_end(mode):
+    """Its forward looks at sizes, so it is no graph."""
+    torch.manual_seed(0)
+    plain, swapped, given = HEADS["whisper"][0](), HEADS["whisper"][0](), speech()
+    pyfused.fuse(swapped, given, mode=mode, verbose=False)
+    found = {r.place: r for r in pyfused.fuse_report(swapped).rows}
+    assert all(found[f"model.encoder.conv{i}"].pattern == "conv1d + gelu" for i in (1, 2))
+    assert all(row.fused for row in found.values())
+    with torch.no_grad():
+        got, expected = swapped.eval()(**given).logits, plain.eval()(**given).logits
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])

@@ -22,6 +22,8 @@
   K(conv2d_depthwise_backward, (View d_input, View d_weight, View d_bias, View grad, View saved, View input,           \
                                 View weight, int64_t stride, int64_t pad_h, int64_t pad_w, int threads))               \
   K(conv2d_relu_grad, (View g, View d_bias, View grad, View saved, int threads))                                       \
+  K(conv_act, (View out, View z, View residual, int activation, double slope, int threads))                            \
+  K(conv_act_grad, (View g, View d_bias, View grad, View saved, int activation, double slope, int threads))            \
   K(relu_max_pool2d,                                                                                                   \
     (View out, View code, View activation, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))               \
   K(relu_max_unpool2d, (View g, View grad, View code, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))    \
@@ -29,6 +31,8 @@
   K(convert_layout, (View out, View input, int threads))                                                               \
   K(conv2d_winograd_transform_weight, (View transformed, View weight, int threads))                                    \
   K(conv2d_winograd, (View out, View input, View weight, View bias, int pad_h, int pad_w, bool relu, int threads))     \
+  K(conv2d_winograd_act, (View out, View input, View weight, View bias, View residual, int pad_h, int pad_w,           \
+                          int activation, double slope, int threads))                                                  \
   K(conv2d_winograd_pool,                                                                                              \
     (View out, View code, View input, View weight, View bias, int pad_h, int pad_w, int threads))                      \
   K(conv2d_winograd_backward_input,                                                                                    \

@@ -2,7 +2,8 @@
 
 trace.py    one module's forward as a graph, and the module made to run another graph
 conv.py, embedding.py, losses.py    the patterns: find(graph, module) yields matches and refusals
-head.py     linear head + cross-entropy, which is found by running the model, not in a graph
+put_off.py  tensors that are computed when somebody looks at them: what is found by running the model, not in a graph:
+            head.py, linear head + cross-entropy; convolved.py, convolution + activation in a forward that is no graph
 candidate.py, measure.py    a match with its inputs; times, and their cache on disk
 verify.py, report.py        the whole model before and after; the rows
 backend.py  torch.compile(model, backend="pyfused"): the same patterns in the graphs that it captures
@@ -29,8 +30,9 @@ def fuse(
     """Swap fused calls into `model`, in place, wherever they are faster on the example; returns the model.
 
     Parameters, buffers, hooks, state_dict, devices and training flags stay as they are, and isinstance still holds.
-    Found are Conv2d [+ BatchNorm2d in eval mode] + ReLU [+ MaxPool2d], CrossEntropyLoss, a Linear head with the
-    cross-entropy behind it, and products of embeddings summed over their width, made by modules or by functions.
+    Found are Conv1d and Conv2d [+ BatchNorm2d in eval mode] [+ addition] + ReLU, GELU, SiLU, LeakyReLU, Hardswish or
+    ReLU6 [+ MaxPool2d], CrossEntropyLoss, a Linear head with the cross-entropy behind it, and products of embeddings
+    summed over their width, made by modules or by functions.
     Calls of another kind than the example's (other ranks, keywords, flags) run the model's own code.
 
     Args:

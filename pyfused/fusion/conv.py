@@ -1,11 +1,12 @@
-"""Conv2d [+ BatchNorm2d that is in eval mode] + ReLU [+ MaxPool2d, before or after the ReLU].
+"""Conv1d or Conv2d [+ BatchNorm2d in eval mode] [+ addition] + activation; after a ReLU, or before it, MaxPool2d.
 
-A maximum may be taken before or after ReLU: both are monotone, so values and gradients are the same. Without a ReLU,
-Conv2d + BatchNorm2d become one convolution.
+A maximum may be taken before or after ReLU: both are monotone, so values and gradients are the same. Without an
+activation, Conv2d + BatchNorm2d become one convolution.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,9 @@ from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import functional
-from .graph import Match, Refusal, call_of, only_user, why_not
+from ..ops import conv2d_relu as conv_op
+from ..ops import conv_act
+from .graph import ACTIVATIONS, Call, Match, Refusal, call_of, only_user, why_not, writes_between
 
 _POOL_PROBLEMS = {"padding": (0, (0, 0), [0, 0]), "dilation": (1, (1, 1), [1, 1]), "ceil_mode": (False,)}
 
@@ -22,34 +25,65 @@ _POOL_PROBLEMS = {"padding": (0, (0, 0), [0, 0]), "dilation": (1, (1, 1), [1, 1]
 def find(graph: fx.Graph, root: nn.Module) -> Iterator[Match | Refusal]:
     for node in graph.nodes:
         call = call_of(node, root)
-        if call is not None and call.name == "conv2d":
+        if call is not None and call.name in ("conv1d", "conv2d"):
             yield _match(node, call, root)
 
 
-def _match(node: fx.Node, conv, root: nn.Module) -> Match | Refusal:
-    place = conv.module or node.name
+def _match(node: fx.Node, conv: Call, root: nn.Module) -> Match | Refusal:
+    place, pattern = conv.module or node.name, f"{conv.name} + activation"
     chain, calls, problem = [node], [conv], _module_problem(conv, root)
     if conv["padding_mode"] != "zeros":
         problem = f"padding_mode is {conv['padding_mode']!r}; the kernels pad with zeros"
     while problem is None:
         following = only_user(chain[-1])
         call = None if following is None else call_of(following, root)
-        wanted = {"relu", "max_pool2d", "batch_norm"} - {c.name for c in calls[1:]}
-        if call is None or call.name not in wanted or call["input"] is not chain[-1]:
-            break
-        if call.name == "batch_norm" and len(calls) > 1:
+        if call is None or not _joins(call, chain[-1], following, calls):
             break
         problem = _module_problem(call, root) or _problem(call)
         if problem is None:
             chain.append(following)
             calls.append(call)
-    names = [c.name for c in calls]
-    if names[-1] == "max_pool2d" and "relu" not in names:
-        problem = problem or f"MaxPool2d follows, and then {_describe(only_user(chain[-1]), chain[-1], root)}"
-        chain, calls, names = chain[:-1], calls[:-1], names[:-1]
-    if names == ["conv2d"]:
-        return Refusal("conv2d + relu", place, problem or _describe(only_user(node), node, root))
+    if not ACTIVATIONS & {c.name for c in calls}:
+        follows = _describe(only_user(chain[-1]), chain[-1], root)
+        if calls[-1].name in _NAMES:
+            problem = problem or f"{_NAMES[calls[-1].name]} follows, and then {follows}"
+        kept = 1 + (len(calls) > 1 and calls[1].name == "batch_norm")
+        chain, calls = chain[:kept], calls[:kept]
+        if kept == 1:
+            return Refusal(pattern, place, problem or follows)
+    if writing := writes_between(chain, root):
+        return Refusal(pattern, place, f"{writing.name}, which runs between its parts, may write to a tensor")
     return _build(chain, calls, place, problem or "")
+
+
+_NAMES = {"max_pool2d": "MaxPool2d", "add": "an addition"}
+
+
+def _joins(call: Call, last: fx.Node, node: fx.Node, calls: list[Call]) -> bool:
+    """Whether the call that `node` makes continues `calls`, whose result is `last`."""
+    names = {c.name for c in calls}
+    activated = names & ACTIVATIONS
+    if call.name == "add":
+        return not activated and not names & {"add", "max_pool2d"} and _residual(call, last, node) is not None
+    if call.arguments.get("input") is not last:
+        return False
+    if call.name == "batch_norm":
+        return names == {"conv2d"}
+    if call.name == "max_pool2d":
+        return "conv2d" in names and not names & {"add", "max_pool2d"} and activated <= {"relu"}
+    return call.name in ACTIVATIONS and not activated and ("max_pool2d" not in names or call.name == "relu")
+
+
+def _writes(node: fx.Node) -> bool:
+    return node.target in (operator.iadd, "add_")
+
+
+def _residual(add: Call, last: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What is added to `last`, if it is a tensor and nothing but `last` is written to."""
+    mine = add["input"] is last
+    other = add["other"] if mine else add["input"]
+    fits = isinstance(other, fx.Node) and other is not last and add["alpha"] == 1 and (mine or not _writes(node))
+    return other if fits else None
 
 
 def _module_problem(call, root: nn.Module) -> str | None:
@@ -57,9 +91,11 @@ def _module_problem(call, root: nn.Module) -> str | None:
 
 
 def _problem(call) -> str | None:
-    """Why this BatchNorm or pool cannot be part of the fused call."""
+    """Why this call cannot be part of the fused one."""
     if call.name == "batch_norm" and call["training"]:
-        return "BatchNorm2d stands before the ReLU and is in training mode, where it depends on the whole batch"
+        return "BatchNorm2d stands before the activation and is in training mode, where it depends on the whole batch"
+    if call.name == "gelu" and call["approximate"] not in ("none", "tanh"):
+        return f"gelu has approximate={call['approximate']}"
     if call.name == "max_pool2d":
         if call["return_indices"]:
             return "MaxPool2d has return_indices"
@@ -75,30 +111,55 @@ def _describe(following: fx.Node | None, node: fx.Node, root: nn.Module) -> str:
     if following.op == "output":
         return "its output is what the module returns"
     if following.op == "call_module":
-        module = root.get_submodule(following.target)
-        problem = why_not(module) if isinstance(module, nn.ReLU) else None
-        return problem or f"{type(module).__name__} follows, not ReLU"
-    return f"{getattr(following.target, '__name__', following.target)} follows, not ReLU"
+        module, call = root.get_submodule(following.target), call_of(following, root)
+        problem = why_not(module) if call is not None and call.name in ACTIVATIONS else None
+        return problem or f"{type(module).__name__} follows, which is not fused"
+    return f"{getattr(following.target, '__name__', following.target)} follows, which is not fused"
 
 
-def _build(chain: list, calls: list, place: str, note: str) -> Match:
+def _build(chain: list, calls: list[Call], place: str, note: str) -> Match:
     conv, by_name = calls[0], {c.name: c for c in calls}
+    norm, pool, add = (by_name.get(name) for name in ("batch_norm", "max_pool2d", "add"))
+    activation = next((c for c in calls if c.name in ACTIVATIONS), None)
     args = tuple(conv[name] for name in ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
-    kwargs, norm, pool = {}, by_name.get("batch_norm"), by_name.get("max_pool2d")
-    function = functional.conv2d_relu
-    if pool:
-        function = functional.conv2d_relu_max_pool2d
-        kwargs = {"pool_size": pool["kernel_size"], "pool_stride": pool["stride"]}
+    kwargs = {}
+    if activation is None:
+        function = F.conv2d
+    elif pool:
+        function, kwargs = functional.conv2d_relu_max_pool2d, {"pool_size": pool["kernel_size"]}
+        kwargs["pool_stride"] = pool["stride"]
+    elif activation.name == "relu" and conv.name == "conv2d" and not add:
+        function = functional.conv2d_relu
+    else:
+        function, kwargs = functional.conv_act, activation_of(activation)
+    if add:
+        at = calls.index(add)
+        kwargs |= {"residual": _residual(add, chain[at - 1], chain[at]), "in_place": _writes(chain[at])}
+        function = conv_add_act
     if norm:
-        function = {1: conv2d_batch_norm, 2: conv2d_batch_norm_relu, 3: conv2d_batch_norm_relu_max_pool2d}[
-            1 + ("relu" in by_name) + bool(pool)
-        ]
+        function = _WITH_NORM[function]
         kwargs |= {name: norm[name] for name in ("running_mean", "running_var", "eps")}
         kwargs |= {"gamma": norm["weight"], "beta": norm["bias"]}
     modules = tuple(c.module for c in calls if c.module is not None)
     evals = (norm.module,) if norm and norm.module else ()
-    pattern = " + ".join(c.name for c in calls)
-    return Match(pattern, tuple(chain), function, args, kwargs, place, modules, evals, note)
+    return Match(" + ".join(c.name for c in calls), tuple(chain), function, args, kwargs, place, modules, evals, note)
+
+
+def activation_of(call: Call) -> dict:
+    """As functional.conv_act takes it."""
+    if call.name == "leaky_relu":
+        return {"activation": call.name, "negative_slope": call["negative_slope"]}
+    tanh = call.name == "gelu" and call["approximate"] == "tanh"
+    return {"activation": "gelu_tanh" if tanh else call.name}
+
+
+def conv_add_act(input, weight, bias, *options, residual, in_place, activation, negative_slope=0.01):
+    """activation(conv + residual). Added in place, the sum keeps the convolution's dtype; else the dtypes promote."""
+    if in_place and residual.dtype != conv_op.autocast(input)[0].dtype:
+        z = conv_act.reference(input, weight, bias, *options, activation="none").add_(residual)
+        return conv_act.EAGER[activation](z, negative_slope)
+    kwargs = {"activation": activation, "negative_slope": negative_slope, "residual": residual}
+    return functional.conv_act(input, weight, bias, *options, **kwargs)
 
 
 # --- BatchNorm in eval mode is an affine map of each channel, so it goes into the convolution's weight and bias.
@@ -137,16 +198,26 @@ def _fold(weight, bias, running_mean, running_var, gamma, beta, eps):
     return folded, shift.to(weight.dtype)
 
 
-def conv2d_batch_norm(input, weight, bias, *options, running_mean, running_var, gamma, beta, eps):
-    return F.conv2d(input, *fold(weight, bias, running_mean, running_var, gamma, beta, eps), *options)
+def _with_norm(function, name: str):
+    """`function`, a convolution with anything behind it, with BatchNorm between the two."""
+
+    def fused(input, weight, bias, *options, running_mean, running_var, gamma, beta, eps, **kwargs):
+        weight, bias = fold(weight, bias, running_mean, running_var, gamma, beta, eps)
+        return function(input, weight, bias, *options, **kwargs)
+
+    fused.__name__ = fused.__qualname__ = name
+    return fused
 
 
-def conv2d_batch_norm_relu(input, weight, bias, *options, running_mean, running_var, gamma, beta, eps):
-    return functional.conv2d_relu(input, *fold(weight, bias, running_mean, running_var, gamma, beta, eps), *options)
-
-
-def conv2d_batch_norm_relu_max_pool2d(
-    input, weight, bias, *options, running_mean, running_var, gamma, beta, eps, **pool
-):
-    weight, bias = fold(weight, bias, running_mean, running_var, gamma, beta, eps)
-    return functional.conv2d_relu_max_pool2d(input, weight, bias, *options, **pool)
+conv2d_batch_norm = _with_norm(F.conv2d, "conv2d_batch_norm")
+conv2d_batch_norm_relu = _with_norm(functional.conv2d_relu, "conv2d_batch_norm_relu")
+conv2d_batch_norm_relu_max_pool2d = _with_norm(functional.conv2d_relu_max_pool2d, "conv2d_batch_norm_relu_max_pool2d")
+conv2d_batch_norm_act = _with_norm(functional.conv_act, "conv2d_batch_norm_act")
+conv2d_batch_norm_add_act = _with_norm(conv_add_act, "conv2d_batch_norm_add_act")
+_WITH_NORM = {
+    F.conv2d: conv2d_batch_norm,
+    functional.conv2d_relu: conv2d_batch_norm_relu,
+    functional.conv2d_relu_max_pool2d: conv2d_batch_norm_relu_max_pool2d,
+    functional.conv_act: conv2d_batch_norm_act,
+    conv_add_act: conv2d_batch_norm_add_act,
+}

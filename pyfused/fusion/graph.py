@@ -4,7 +4,7 @@ or a method makes it; a match says which nodes one fused call replaces."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -64,15 +64,20 @@ class Refusal:
     reason: str
 
 
+_CONV = dict(
+    input=REQUIRED, weight=REQUIRED, bias=None, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros"
+)
 _SIGNATURES = {
-    "conv2d": dict(
-        input=REQUIRED, weight=REQUIRED, bias=None, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros"
-    ),
+    "conv1d": _CONV, "conv2d": _CONV,
     "batch_norm": dict(
         input=REQUIRED, running_mean=REQUIRED, running_var=REQUIRED, weight=None, bias=None, training=False,
         momentum=0.1, eps=1e-5,
     ),
-    "relu": dict(input=REQUIRED, inplace=False),
+    "relu": dict(input=REQUIRED, inplace=False), "relu6": dict(input=REQUIRED, inplace=False),
+    "silu": dict(input=REQUIRED, inplace=False), "hardswish": dict(input=REQUIRED, inplace=False),
+    "leaky_relu": dict(input=REQUIRED, negative_slope=0.01, inplace=False),
+    "gelu": dict(input=REQUIRED, approximate="none"),
+    "hardtanh": dict(input=REQUIRED, min_val=-1.0, max_val=1.0, inplace=False),
     "max_pool2d": dict(
         input=REQUIRED, kernel_size=REQUIRED, stride=None, padding=0, dilation=1, ceil_mode=False,
         return_indices=False,
@@ -94,7 +99,9 @@ _SIGNATURES = {
 }  # fmt: skip
 
 _FUNCTIONS = {
-    torch.conv2d: "conv2d", F.conv2d: "conv2d", F.batch_norm: "batch_norm",
+    torch.conv1d: "conv1d", F.conv1d: "conv1d", torch.conv2d: "conv2d", F.conv2d: "conv2d", F.batch_norm: "batch_norm",
+    F.gelu: "gelu", F.silu: "silu", F.leaky_relu: "leaky_relu", F.hardswish: "hardswish", F.relu6: "relu6",
+    F.hardtanh: "hardtanh",
     torch.relu: "relu", torch.relu_: "relu", F.relu: "relu", F.relu_: "relu", F.max_pool2d: "max_pool2d",
     F.linear: "linear", F.cross_entropy: "cross_entropy", F.embedding: "embedding",
     torch.mul: "mul", operator.mul: "mul", torch.add: "add", operator.add: "add", operator.iadd: "add",
@@ -106,13 +113,17 @@ _METHODS = {
 }  # fmt: skip
 # What a module passes to its function besides the input.
 _MODULES = {
+    nn.Conv1d: ("conv1d", "weight bias stride padding dilation groups padding_mode"),
     nn.Conv2d: ("conv2d", "weight bias stride padding dilation groups padding_mode"),
     nn.BatchNorm2d: ("batch_norm", "running_mean running_var weight bias momentum eps"),
-    nn.ReLU: ("relu", "inplace"),
+    nn.ReLU: ("relu", "inplace"), nn.ReLU6: ("relu6", "inplace"), nn.SiLU: ("silu", "inplace"),
+    nn.Hardswish: ("hardswish", "inplace"), nn.LeakyReLU: ("leaky_relu", "negative_slope inplace"),
+    nn.GELU: ("gelu", "approximate"),
     nn.MaxPool2d: ("max_pool2d", "kernel_size stride padding dilation ceil_mode return_indices"),
     nn.Linear: ("linear", "weight bias"),
     nn.Embedding: ("embedding", "weight padding_idx max_norm norm_type scale_grad_by_freq sparse"),
-}
+}  # fmt: skip
+ACTIVATIONS = {"relu", "relu6", "silu", "hardswish", "leaky_relu", "gelu"}
 
 
 def call_of(node: fx.Node, root: nn.Module) -> Call | None:
@@ -120,29 +131,55 @@ def call_of(node: fx.Node, root: nn.Module) -> Call | None:
     if node.op == "call_module":
         return _module_call(node, root.get_submodule(node.target))
     names = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
-    name = names.get(node.target)
+    return bound(names.get(node.target), node.args, node.kwargs)
+
+
+def name_of(function: Callable) -> str | None:
+    """What __torch_function__ was given, by the patterns' name."""
+    return _FUNCTIONS.get(function) or _METHODS.get(getattr(function, "__name__", None))
+
+
+def bound(name: str | None, args: tuple, kwargs: dict) -> Call | None:
+    """The call of a function that the patterns know by this name."""
     if name is None:
         return None
     signature = _SIGNATURES[name]
-    if len(node.args) > len(signature) or not node.kwargs.keys() <= signature.keys():
+    if len(args) > len(signature) or not kwargs.keys() <= signature.keys():
         return None  # another overload, such as x.sum(0, 1)
-    arguments = signature | dict(zip(signature, node.args)) | node.kwargs
-    return None if REQUIRED in arguments.values() else Call(name, arguments)
+    arguments = signature | dict(zip(signature, args)) | kwargs
+    if name == "hardtanh" and (arguments["min_val"], arguments["max_val"]) == (0, 6):
+        name = "relu6"  # as which TorchDynamo captures nn.ReLU6
+    return None if any(x is REQUIRED for x in arguments.values()) else Call(name, arguments)
 
 
 def _module_call(node: fx.Node, module: nn.Module) -> Call | None:
     kind = next((kind for kind in _MODULES if isinstance(module, kind)), None)
+    given = node.args[0] if node.args else node.kwargs.get("input")
     if kind is None:
-        return None
+        call = _only_call(module)
+        return call and Call(call.name, call.arguments | {"input": given}, node.target)
     name, attributes = _MODULES[kind]
     arguments = dict(_SIGNATURES[name])
-    arguments["input"] = node.args[0] if node.args else node.kwargs.get("input")
+    arguments["input"] = given
     for attribute in attributes.split():
         value = getattr(module, attribute)
         arguments[attribute] = Attr(f"{node.target}.{attribute}") if isinstance(value, torch.Tensor) else value
     if kind is nn.BatchNorm2d:
         arguments["training"] = module.training or module.running_mean is None
     return Call(name, arguments, node.target)
+
+
+def _only_call(module: nn.Module) -> Call | None:
+    """The activation that is all that the forward of a module of another library does, if that is so."""
+    if type(module).__module__.startswith("torch.") or any(True for _ in (*module.parameters(), *module.children())):
+        return None
+    try:
+        input, node, output = fx.Tracer().trace(module).nodes
+    except Exception:  # foreign code: it may raise anything
+        return None
+    call = call_of(node, module)
+    plain = call is not None and call.name in ACTIVATIONS and call["input"] is input and output.args == (node,)
+    return call if plain else None
 
 
 def hooked(module: nn.Module) -> bool:
@@ -165,6 +202,31 @@ def why_not(module: nn.Module) -> str | None:
 
 def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def writes_between(nodes: Sequence[fx.Node], root: nn.Module) -> fx.Node | None:
+    """The first node from nodes[0] to nodes[-1], none of them itself, that may write to a tensor it was given."""
+    node = nodes[0]
+    while (node := node.next) is not nodes[-1]:
+        if node not in nodes and _may_write(node, root):
+            return node
+    return None
+
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")
+_WRITING = {operator.setitem, "__setitem__"}
+_WRITING |= {x for name in _OPERATORS for x in (getattr(operator, f"i{name}"), f"__i{name}__")}
+
+
+def _may_write(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        module = root.get_submodule(node.target)
+        return not type(module).__module__.startswith("torch.nn.") or getattr(module, "inplace", False)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    call, name = call_of(node, root), getattr(node.target, "__name__", str(node.target))
+    asked = node.kwargs.get("inplace") or "out" in node.kwargs or (call and call.arguments.get("inplace"))
+    return bool(node.target in _WRITING or asked or (name.endswith("_") and not name.endswith("__")))
 
 
 def inputs_of(match: Match) -> list:

@@ -9,24 +9,15 @@ once, as if the head had, so nothing depends on how a model's forward is written
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import functional
-from .._library import is_transformed
-
-# What the shape, dtype and device of a tensor answer.
-_METADATA = {
-    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
-    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "nelement", "is_floating_point", "__len__")),
-}
-_recorders: list[list] = []  # of `probe`: what became of each Deferred
+from .put_off import PutOff, can_be_put_off, computed_dtype
 
 
-class Deferred(torch.Tensor):
+class Deferred(PutOff):
     """linear(rows, weight, bias), perhaps softcapped, that has not been computed.
 
     made_from: (Deferred, function, args, kwargs) that this came from; None for what a head returned.
@@ -36,80 +27,32 @@ class Deferred(torch.Tensor):
     @staticmethod
     def __new__(cls, rows, weight, bias, dtype, cap=0, made_from=None):
         shape = (*rows.shape[:-1], weight.shape[0])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rows.device)
+        self = PutOff.__new__(cls, shape, dtype, (rows, weight, bias), made_from and made_from[0].origin)
         self.rows, self.weight, self.bias, self.cap, self.made_from = rows, weight, bias, cap, made_from
-        self.origin = made_from[0].origin if made_from else self
-        self.logits, self.seen = None, False
         return self
 
     @classmethod
     def of(cls, rows, weight, bias) -> Deferred:
         """What a head returns."""
-        device = rows.device.type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        self = cls(rows, weight, bias, autocast[1] if autocast[0] and rows.dtype != torch.float64 else rows.dtype)
-        self.autocast, self.versions = autocast, _versions(rows, weight, bias)
-        return self
+        return cls(rows, weight, bias, computed_dtype(rows))
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if function in _METADATA:
-                return function(*args, **kwargs)
-            handle = _loss if function is F.cross_entropy else _put_off
-            if args and isinstance(args[0], Deferred) and not args[0].origin.seen:
-                result = handle(function, *args, **kwargs)
-                if result is not None:
-                    return result
-        if _recorders:
-            for x in _deferred_in((args, kwargs)):
-                _recorders[-1].append((x.origin.weight, None, getattr(function, "__name__", str(function))))
-        args, kwargs = torch.utils._pytree.tree_map_only(Deferred, Deferred.compute, (args, kwargs))
-        return function(*args, **kwargs)
+    def absorb(self, function, *args, **kwargs):
+        return (_loss if function is F.cross_entropy else _put_off)(function, self, *args, **kwargs)
 
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise RuntimeError(f"pyfused: {function} was called on logits that were put off; read them once before it")
-
-    def compute(self) -> torch.Tensor:
-        """The logits, with their gradient. From now on they are the truth: whoever has them may write to them."""
-        self.origin.seen = True
-        with torch._C.DisableTorchFunctionSubclass():
-            if self.logits is None and self.made_from is not None:
-                source, function, args, kwargs = self.made_from
-                with source.origin.context():
-                    self.logits = function(source.compute(), *args, **kwargs)
-            elif self.logits is None:
-                if self.versions != _versions(self.rows, self.weight, self.bias):
-                    raise RuntimeError(
-                        "pyfused: these logits were put off, and the head's input or weight has changed since. "
-                        "Read them before the optimizer's step, or call pyfused.unfuse(model)"
-                    )
-                with self.context():
-                    self.logits = F.linear(self.rows, self.weight, self.bias)
-            return self.logits
-
-    @contextlib.contextmanager
-    def context(self):
-        enabled, dtype = self.autocast
-        with torch.enable_grad(), torch.autocast(self.rows.device.type, dtype, enabled=enabled):
-            yield
-
-
-def _versions(*tensors):
-    return [None if x is None else x._version for x in tensors]
-
-
-def _deferred_in(tree) -> list[Deferred]:
-    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Deferred)]
+    def make(self) -> torch.Tensor:
+        if self.made_from is None:
+            self.check_sources()
+            with self.context():
+                return F.linear(self.rows, self.weight, self.bias)
+        source, function, args, kwargs = self.made_from
+        with self.context():
+            return function(source.compute(), *args, **kwargs)
 
 
 def defer(rows, weight, bias) -> torch.Tensor:
     """The logits of a head, put off; at once where they cannot be."""
-    plain = all(x is None or type(x) in (torch.Tensor, nn.Parameter) for x in (rows, weight, bias))
-    recorded = torch.is_grad_enabled() and plain and (rows.requires_grad or weight.requires_grad)
-    if not recorded or rows.dim() < 2 or torch.compiler.is_compiling() or is_transformed():
+    recorded = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    if not recorded or rows.dim() < 2 or not can_be_put_off(rows, weight, bias):
         return F.linear(rows, weight, bias)
     return Deferred.of(rows, weight, bias)
 
@@ -232,8 +175,7 @@ def _loss(
         **{"ignore_index": None if target.is_floating_point() else ignore_index, "softcap": input.cap or None},
     }
     widened = input.dtype == torch.float32 and input.rows.dtype in (torch.bfloat16, torch.float16)
-    if _recorders:
-        _recorders[-1].append((input.weight, (given, options, widened), "cross_entropy"))
+    input.tell((given, options, widened), "cross_entropy")
     enabled, dtype = input.origin.autocast
     if enabled and not widened:
         with torch.autocast(input.device.type, dtype):
@@ -254,13 +196,3 @@ class HeadPlan:
 
     def __deepcopy__(self, memo) -> HeadPlan:
         return self
-
-
-@contextlib.contextmanager
-def fates():
-    """Collects what becomes of every Deferred: (weight, None or the loss' arguments, name of the function)."""
-    _recorders.append([])
-    try:
-        yield _recorders[-1]
-    finally:
-        _recorders.pop()

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import head, measure
+from . import convolved, head, measure
 from .candidate import Candidate, RecordPlan, of_match
-from .graph import Match, distinct, hooked
+from .graph import Match, distinct, hooked, why_not
+from .put_off import fates
 from .report import Report, Row
 from .trace import CannotTrace, Plan, calls_of, graph_of, install, matches_in, uninstall
 from .verify import compare, restore, results, state_of, tolerance
@@ -35,8 +36,9 @@ class Search:
             self._trace(path, module, calls.get(module))
         heads = self._heads() if self.training else {}
         keep = self._judge()
+        convolutions = self._loose_convolutions(calls)
         self._explain_convolutions(calls)
-        self._install(keep, heads)
+        self._install(keep, [(heads, head.HeadPlan), (convolutions, convolved.ConvPlan)])
         order = {path: i for i, path in enumerate(self.modules)}
         self.report.rows.sort(key=lambda row: order.get(row.place.partition(",")[0], len(order)))
         if verify and self.report.fused:
@@ -81,22 +83,50 @@ class Search:
     def _heads(self) -> dict[str, nn.Module]:
         """Linear layers whose outputs go to cross_entropy and nowhere else; those that win are returned."""
         linears = {p: m for p, m in self.modules.items() if type(m) is nn.Linear and not hooked(m)}
-        state = state_of(self.model)
-        for module in linears.values():
-            install(module, head.HeadPlan())
-        try:
-            with head.fates() as fates:
-                self.model(*self.args, **self.kwargs)
-        except Exception as error:
-            self.report.notes.append(f"Heads were not looked for: {type(error).__name__}: {error}")
-            return {}
-        finally:
-            uninstall(linears.values())
-            restore(self.model, state)
+        found = self._fates(linears.values(), head.HeadPlan, "Heads")
         won = {}
         for path, module in linears.items():
-            mine = [(loss, name) for weight, loss, name in fates if weight is module.weight]
+            mine = [(loss, name) for weight, loss, name in found if weight is module.weight]
             row = _judge_head(path, mine, self.training)
+            if row is not None:
+                self.report.rows.append(row)
+                if row.fused:
+                    won[path] = module
+        return won
+
+    def _fates(self, modules, plan: type, what: str) -> list:
+        """What becomes of the modules' outputs in one run of the model in which they are put off."""
+        modules, state = list(modules), state_of(self.model)
+        for module in modules:
+            install(module, plan())
+        try:
+            with fates() as found, torch.set_grad_enabled(self.training):
+                self.model(*self.args, **self.kwargs)
+            return found
+        except Exception as error:
+            self.report.notes.append(f"{what} were not looked for: {type(error).__name__}: {error}")
+            return []
+        finally:
+            uninstall(modules)
+            restore(self.model, state)
+
+    def _loose_convolutions(self, calls: dict) -> dict[str, nn.Module]:
+        """Convolutions that no graph shows and whose outputs go to an activation and nowhere else; those that win."""
+        shown = {row.place for row in self.report.rows}
+        loose = {
+            path: m
+            for path, m in self.modules.items()
+            if type(m) in (nn.Conv1d, nn.Conv2d)
+            and path not in shown
+            and m in calls
+            and m.padding_mode == "zeros"
+            and why_not(m) is None
+        }
+        found = self._fates(loose.values(), convolved.ConvPlan, "Convolutions outside of graphs") if loose else []
+        won = {}
+        for path, module in loose.items():
+            mine = [(fate, name) for weight, fate, name in found if weight is module.weight]
+            row = _judge_convolution(path, module, mine, self.training)
             if row is not None:
                 self.report.rows.append(row)
                 if row.fused:
@@ -126,32 +156,34 @@ class Search:
         return keep
 
     def _explain_convolutions(self, calls: dict) -> None:
-        """A row for every Conv2d that no graph shows."""
+        """A row for every convolution that no graph shows."""
         shown = {row.place for row in self.report.rows}
         for path, module in self.modules.items():
-            if "Conv2d" not in type(module).__name__ or path in shown or not path:
+            dims = next((d for d in ("1d", "2d") if f"Conv{d}" in type(module).__name__), None)
+            if dims is None or path in shown or not path:
                 continue
             above = path.rpartition(".")[0]
             reason = self.refusals.get(above)
             if reason is not None:
                 reason = f"the forward of {above or 'the model'} is not one graph: {reason}"
-            elif not isinstance(module, nn.Conv2d):
-                reason = f"{type(module).__module__}.{type(module).__name__} is not torch.nn.Conv2d"
+            elif not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                reason = f"{type(module).__module__}.{type(module).__name__} is not torch.nn.Conv{dims}"
             elif module not in calls:
                 reason = "it is not called with these inputs"
             else:
                 reason = f"it is not called by the forward of {above or 'the model'}"
-            self.report.rows.append(Row(path, "conv2d + relu", reason=reason))
+            self.report.rows.append(Row(path, f"conv{dims} + activation", reason=reason))
 
     # --- Doing
-    def _install(self, keep: dict[str, set[str]], heads: dict[str, nn.Module]) -> None:
+    def _install(self, keep: dict[str, set[str]], put_off: list[tuple[dict, type]]) -> None:
         flags = (True, False) if self.training else (False,)
         for path, keys in keep.items():
             plan = Plan(type(self.modules[path]), self.plans[path].signature, flags, frozenset(keys))
             plan.compile(self.modules[path])
             install(self.modules[path], plan)
-        for module in heads.values():
-            install(module, head.HeadPlan())
+        for modules, plan in put_off:
+            for module in modules.values():
+                install(module, plan())
 
     def _verify(self, before: dict, before_eval: dict) -> None:
         allowed = tolerance(self.model, before)
@@ -179,10 +211,13 @@ def _promising(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential:
         return False
     children = list(_near_children(module))
-    if any(isinstance(c, nn.Conv2d) for c in children) or sum(isinstance(c, nn.Embedding) for c in children) > 1:
+    if (
+        any(isinstance(c, (nn.Conv1d, nn.Conv2d)) for c in children)
+        or sum(isinstance(c, nn.Embedding) for c in children) > 1
+    ):
         return True
     code = getattr(type(module).forward, "__code__", None)
-    return code is not None and not {"cross_entropy", "conv2d", "embedding"}.isdisjoint(code.co_names)
+    return code is not None and not {"cross_entropy", "conv1d", "conv2d", "embedding"}.isdisjoint(code.co_names)
 
 
 def _near_children(module: nn.Module):
@@ -211,6 +246,19 @@ def _judge_head(path: str, fates: list, training: bool) -> Row | None:
         lambda loss=loss: loss(given, options, widened) for loss in (head.eager_loss, head.fused_loss)
     ]
     return Candidate(row, key, *calls, needed).judge(training)
+
+
+def _judge_convolution(path: str, module: nn.Module, fates: list, training: bool) -> Row | None:
+    kind = "conv1d" if type(module) is nn.Conv1d else "conv2d"
+    elsewhere = [name for fate, name in fates if fate is None]
+    if not fates or elsewhere:
+        return Row(path, f"{kind} + activation", reason=f"{elsewhere[0]} reads its output") if elsewhere else None
+    (convolution, activation), name = fates[0]
+    *calls, tensors = convolved.pair(convolution, activation)
+    pattern = f"{kind} + {name}"
+    key = f"{pattern}: {measure.describe(*tensors, *convolution.options, activation)}"
+    needed = [x for x in tensors if x is not None and x.requires_grad]
+    return Candidate(Row(path, pattern), key, *calls, needed).judge(training)
 
 
 def _join(path: str, place: str) -> str:

@@ -7,87 +7,25 @@
 //   relu_max_unpool2d     g[n, c, y, x] = ∑ grad over the windows whose code points at (y, x)
 //
 // Floor: memory bandwidth. Bytes per element of T bytes: 3T (g given) or 2T; T + (T + 1) / window; T + (T + 1) · windows
-// that cover an element. Sums of d_bias run over fixed parts of the rows, so the bits do not depend on the threads.
-#include "conv2d_layout.h"
+// that cover an element.
+#include "conv2d_grad.h"
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/scratch.h"
 
 namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-constexpr int64_t kRowsPerPart = 512;  // NHWC rows summed in float before their sum joins the others
-constexpr int64_t kStrip = 256;        // pooled columns handled at a time in NCHW
+constexpr int64_t kStrip = 256;  // pooled columns handled at a time in NCHW
 
-template <class C, class S>
-PYFUSED_INLINE Vec<C> keep_alive(Vec<C> g, Vec<C> saved) {
-  if constexpr (std::is_same_v<S, uint8_t>)
-    return saved == splat<C>(kDead) ? Vec<C>{} : g;
-  else
-    return saved <= Vec<C>{} ? Vec<C>{} : g;
-}
-
-// NHWC: parts of kRowsPerPart rows; sums[part][channel] in the compute type.
-template <class T, class S>
-void relu_grad_nhwc(T* g, compute_t<T>* sums, const T* grad, const S* saved, int64_t rows, int64_t channels,
-                    int threads) {
-  using C = compute_t<T>;
-  constexpr int64_t L = lanes<C>, unroll = 8;  // rows whose sum stays in a register
-  parallel_for(ceil_div(rows, kRowsPerPart), 4, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t part = begin; part < end; ++part) {
-      C* sum = sums + part * channels;
-      for (int64_t c = 0; c < channels; ++c) sum[c] = 0;
-      int64_t last = min(rows, (part + 1) * kRowsPerPart);
-      for (int64_t r = part * kRowsPerPart; r < last; r += unroll)
-        for (int64_t c = 0; c < channels; c += L) {
-          int64_t n = min(channels - c, L);
-          Vec<C> total{};
-          for (int64_t row = r; row < min(last, r + unroll); ++row) {
-            Vec<C> v = keep_alive<C, S>(read<C>(grad + row * channels + c, n), read<C>(saved + row * channels + c, n));
-            if (g) write<C>(g + row * channels + c, v, n);
-            total += v;
-          }
-          write<C>(sum + c, read<C>(sum + c, n) + total, n);
-        }
-    }
-  });
-}
-
-// NCHW: one part per image; sums[image][channel].
-template <class T, class S>
-void relu_grad_nchw(T* g, compute_t<T>* sums, const T* grad, const S* saved, int64_t planes, int64_t plane,
-                    int threads) {
-  using C = compute_t<T>;
-  constexpr int64_t L = lanes<C>, block = 64 * L;
-  parallel_for(planes, ceil_div(4096, max<int64_t>(plane, 1)), threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t p = begin; p < end; ++p) {
-      C sum = 0;
-      for (int64_t first = 0; first < plane; first += block) {  // a block's sum stays in registers
-        Vec<C> total[2] = {};
-        for (int64_t i = first; i < min(plane, first + block); i += L) {
-          int64_t n = min(plane - i, L), at = p * plane + i;
-          Vec<C> v = keep_alive<C, S>(read<C>(grad + at, n), read<C>(saved + at, n));
-          if (g) write<C>(g + at, v, n);
-          total[i / L % 2] += v;
-        }
-        sum += reduce_add(total[0] + total[1]);
-      }
-      sums[p] = sum;
-    }
-  });
-}
-
-// Adds up the parts in double: there may be many, of either sign.
-template <class T>
-void finish_bias(const View& d_bias, const compute_t<T>* sums, int64_t parts) {
-  int64_t channels = d_bias.shape[0];
-  for (int64_t c = 0; c < channels; ++c) {
-    double total = 0;
-    for (int64_t part = 0; part < parts; ++part) total += sums[part * channels + c];
-    d_bias.as<T>()[c] = from_compute<T>(static_cast<compute_t<T>>(total));
+struct KeepAlive {
+  template <class C, class S>
+  PYFUSED_INLINE Vec<C> of(Vec<C> grad, Vec<C> saved) const {
+    if constexpr (std::is_same_v<S, uint8_t>)
+      return saved == splat<C>(kDead) ? Vec<C>{} : grad;
+    else
+      return saved <= Vec<C>{} ? Vec<C>{} : grad;
   }
-}
+};
 
 struct Pool {
   int64_t kh, kw, sh, sw;
@@ -212,28 +150,8 @@ Status check_pool(const View& full, const View& pooled, const View& code, const 
 }  // namespace
 
 Status conv2d_relu_grad(View g, View d_bias, View grad, View saved, int threads) {
-  bool nhwc = is_nhwc(grad) && is_nhwc(saved);
-  PYFUSED_REQUIRE(same_shape(grad, saved) && (nhwc || (is_nchw(grad) && is_nchw(saved))), "saved",
-                  "must have the shape and the layout of grad");
-  PYFUSED_REQUIRE(saved.dtype == grad.dtype || saved.dtype == DType::u8, "saved", "must be an output or codes");
-  PYFUSED_REQUIRE(!g || (g.dtype == grad.dtype && same_shape(g, grad) && (nhwc ? is_nhwc(g) : is_nchw(g))), "g",
-                  "must be like grad");
-  PYFUSED_REQUIRE(!d_bias || (d_bias.dtype == grad.dtype && d_bias.ndim == 1 && d_bias.shape[0] == grad.shape[1] &&
-                              d_bias.contiguous()),
-                  "d_bias", "must be (C,) of grad's dtype");
-  int64_t batch = grad.shape[0], channels = grad.shape[1], plane = grad.shape[2] * grad.shape[3];
-  int64_t parts = nhwc ? ceil_div(batch * plane, kRowsPerPart) : batch;
-  return for_dtype(grad.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    auto* sums = static_cast<compute_t<T>*>(scratch(0, (parts * channels + 1) * sizeof(compute_t<T>)));
-    auto run = [&](const auto* alive) {
-      nhwc ? relu_grad_nhwc(g.as<T>(), sums, grad.as<T>(), alive, batch * plane, channels, threads)
-           : relu_grad_nchw(g.as<T>(), sums, grad.as<T>(), alive, batch * channels, plane, threads);
-    };
-    saved.dtype == DType::u8 ? run(saved.as<uint8_t>()) : run(saved.as<T>());
-    if (d_bias) finish_bias<T>(d_bias, sums, parts);
-    return Status{};
-  });
+  return saved.dtype == DType::u8 ? grad_pass<true>(g, d_bias, grad, saved, threads, KeepAlive{})
+                                  : grad_pass<false>(g, d_bias, grad, saved, threads, KeepAlive{});
 }
 
 Status relu_max_pool2d(View out, View code, View activation, int64_t kh, int64_t kw, int64_t sh, int64_t sw,

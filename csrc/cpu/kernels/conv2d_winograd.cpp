@@ -18,6 +18,7 @@
 //         row and column, which no window of the pool covers.
 #include "cpu/kernels/conv2d_winograd.h"
 
+#include "cpu/kernels/activation.h"
 #include "cpu/scratch.h"
 
 namespace pyfused {
@@ -34,21 +35,23 @@ constexpr int64_t kSharedRows = 48;        // tiles of one point's product that 
 struct Dense {
   static constexpr bool kOverlaps = false;
   float* out;
-  const float* bias;  // or nullptr
-  float least;        // 0: ReLU; −inf: none
+  const float *bias, *residual;  // or nullptr
+  int activation;
+  float slope;
   int64_t height, width, channels;
   PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t o, int64_t count) const {
     V y[16];
     transform_products(products, y);
     V shift = !bias ? V{} : count >= lanes<float> ? load(bias + o) : load_first(bias + o, count);
-    V floor = splat(least);
     int64_t rows = min<int64_t>(kTile, height - tile.h), columns = min<int64_t>(kTile, width - tile.w);
     float* corner = out + ((tile.n * height + tile.h) * width + tile.w) * channels + o;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) {
         V value = y[i * kTile + j] + shift;
-        value = floor > value ? floor : value;  // this way round a NaN stays
         float* p = corner + (i * width + j) * channels;
+        const float* add = residual + (p - out);
+        if (residual) value += count >= lanes<float> ? load(add) : load_first(add, count);
+        value = activate<float>(activation, slope, value);
         count >= lanes<float> ? store(p, value) : store_first(p, value, count);
       }
   }
@@ -331,8 +334,10 @@ Status conv2d_winograd_transform_weight(View transformed, View weight, int threa
   return {};
 }
 
-// out [N, O, OH, OW] = input ⋆ weight + bias, through the ReLU if `relu`.
-Status conv2d_winograd(View out, View input, View weight, View bias, int pad_h, int pad_w, bool relu, int threads) {
+// out [N, O, OH, OW] = act(input ⋆ weight + bias + residual); the residual has the shape and layout of out. Activations
+// are those of activation.h.
+Status conv2d_winograd_act(View out, View input, View weight, View bias, View residual, int pad_h, int pad_w,
+                           int activation, double slope, int threads) {
   PYFUSED_REQUIRE(channels_last(input, DType::f32), "input", "must be channels_last float32");
   PYFUSED_REQUIRE(channels_last(out, DType::f32), "out", "must be channels_last float32");
   int64_t n = input.shape[0], outputs = out.shape[1];
@@ -340,10 +345,19 @@ Status conv2d_winograd(View out, View input, View weight, View bias, int pad_h, 
   if (Status status = check({weight, false}, input.shape[1], outputs, pad_h, pad_w); status.code) return status;
   PYFUSED_REQUIRE(has_shape(out, n, outputs, height, width), "out", "must be [N, O, H + 2 pad - 2, W + 2 pad - 2]");
   PYFUSED_REQUIRE(is_channel_vector(bias, outputs), "bias", "must be O contiguous float32");
+  PYFUSED_REQUIRE(!residual || (channels_last(residual, DType::f32) && has_shape(residual, n, outputs, height, width)),
+                  "residual", "must be like out");
+  PYFUSED_REQUIRE(activation >= 0 && activation < kActivations, "activation", "is unknown");
   Plain source{input.as<float>(), input.shape[2], input.shape[3], input.shape[1]};
-  Dense sink{out.as<float>(), bias.as<float>(), relu ? 0.f : -__builtin_inff(), height, width, outputs};
+  Dense sink{out.as<float>(), bias.as<float>(), residual.as<float>(), activation, static_cast<float>(slope), height,
+             width,           outputs};
   convolve<kPatch>(source, sink, Grid(n, height, width), {weight, false}, pad_h, pad_w, threads);
   return {};
+}
+
+// The same without a residual, through the ReLU if `relu`.
+Status conv2d_winograd(View out, View input, View weight, View bias, int pad_h, int pad_w, bool relu, int threads) {
+  return conv2d_winograd_act(out, input, weight, bias, View{}, pad_h, pad_w, relu ? kRelu : kNone, 0, threads);
 }
 
 // out [N, O, PH, PW] = max_pool2d(relu(input ⋆ weight + bias), 2), and its code (uint8, same shape).
@@ -364,8 +378,8 @@ Status conv2d_winograd_pool(View out, View code, View input, View weight, View b
   return {};
 }
 
-// grad_input [N, C, H, W] from grad (dL/dout); `saved` is the forward's output (float32), or its code (uint8) where it
-// pooled; `transformed` is that of the transposed weight. The forward's algorithm transposed: with g the gradient before
+// grad_input [N, C, H, W] from grad (dL/dout); `saved` is the forward's output (float32), its code (uint8) where it
+// pooled, or absent where grad is the convolution's own; `transformed` is that of the transposed weight. The forward's algorithm transposed: with g the gradient before
 // ReLU (and pool), whose mask (or code) is applied while its tiles are read,  dx = ∑_tiles B [ ∑_o U_oc ⊙ (A g_o Aᵀ) ] Bᵀ.
 // A convolution with rotated filters would do too, but it has tiles of dx instead of g: 4 times as many at 5x5 -> 3x3.
 Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, View weight, int pad_h, int pad_w,
@@ -373,13 +387,14 @@ Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, Vi
   bool pooled = saved.dtype == DType::u8;
   PYFUSED_REQUIRE(channels_last(grad_input, DType::f32), "grad_input", "must be channels_last float32");
   PYFUSED_REQUIRE(channels_last(grad, DType::f32), "grad", "must be channels_last float32");
-  PYFUSED_REQUIRE(channels_last(saved, pooled ? DType::u8 : DType::f32), "saved", "must be channels_last");
+  PYFUSED_REQUIRE(!saved || channels_last(saved, pooled ? DType::u8 : DType::f32), "saved", "must be channels_last");
   int64_t n = grad_input.shape[0], inputs = grad_input.shape[1], outputs = grad.shape[1], factor = pooled ? 2 : 1;
   int64_t height = grad_input.shape[2], width = grad_input.shape[3];
   int64_t grad_height = (height + 2 * pad_h - 2) / factor, grad_width = (width + 2 * pad_w - 2) / factor;
   if (Status status = check({weight, true}, outputs, inputs, pad_h, pad_w); status.code) return status;
   PYFUSED_REQUIRE(has_shape(grad, n, outputs, grad_height, grad_width), "grad", "must have the shape of out");
-  PYFUSED_REQUIRE(has_shape(saved, n, outputs, grad_height, grad_width), "saved", "must have the shape of out");
+  PYFUSED_REQUIRE(!saved || has_shape(saved, n, outputs, grad_height, grad_width), "saved",
+                  "must have the shape of out");
   Overlapping sink{grad_input.as<float>(), pad_h, pad_w, height, width, inputs};
   Grid grid(n, factor * grad_height, factor * grad_width);
   if (!grid.count) {  // no pixel reaches the output
@@ -390,6 +405,8 @@ Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, Vi
   if (pooled)
     convolve<kTile>(Unpooled{g, saved.as<uint8_t>(), grid.height, grid.width, outputs}, sink, grid, {weight, true}, 0,
                     0, threads);
+  else if (!saved)
+    convolve<kTile>(Plain{g, grid.height, grid.width, outputs}, sink, grid, {weight, true}, 0, 0, threads);
   else
     convolve<kTile>(Masked{g, saved.as<float>(), grid.height, grid.width, outputs}, sink, grid, {weight, true}, 0, 0,
                     threads);

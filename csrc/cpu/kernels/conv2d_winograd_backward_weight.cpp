@@ -135,18 +135,18 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
 }  // namespace
 
 // grad_weight [O, C, 3, 3] and grad_bias [O] (or absent) from grad (dL/dout); `saved` is the forward's output
-// (float32), or its code (uint8) where it pooled.
+// (float32), its code (uint8) where it pooled, or absent where grad is the convolution's own.
 Status conv2d_winograd_backward_weight(View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h,
                                        int pad_w, int threads) {
   bool pooled = saved.dtype == DType::u8;
   PYFUSED_REQUIRE(channels_last(input, DType::f32), "input", "must be channels_last float32");
   PYFUSED_REQUIRE(channels_last(grad, DType::f32), "grad", "must be channels_last float32");
-  PYFUSED_REQUIRE(channels_last(saved, pooled ? DType::u8 : DType::f32), "saved", "must be channels_last");
+  PYFUSED_REQUIRE(!saved || channels_last(saved, pooled ? DType::u8 : DType::f32), "saved", "must be channels_last");
   PYFUSED_REQUIRE(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding", "must lie in 0..2");
   int64_t n = input.shape[0], channels = input.shape[1], outputs = grad.shape[1], factor = pooled ? 2 : 1;
   int64_t height = (input.shape[2] + 2 * pad_h - 2) / factor, width = (input.shape[3] + 2 * pad_w - 2) / factor;
   PYFUSED_REQUIRE(has_shape(grad, n, outputs, height, width), "grad", "must have the shape of out");
-  PYFUSED_REQUIRE(has_shape(saved, n, outputs, height, width), "saved", "must have the shape of out");
+  PYFUSED_REQUIRE(!saved || has_shape(saved, n, outputs, height, width), "saved", "must have the shape of out");
   PYFUSED_REQUIRE(
       grad_weight.ndim == 4 && grad_weight.dtype == DType::f32 && has_shape(grad_weight, outputs, channels, 3, 3),
       "grad_weight", "must be float32 [O, C, 3, 3]");
@@ -156,6 +156,8 @@ Status conv2d_winograd_backward_weight(View grad_weight, View grad_bias, View gr
   if (pooled)
     correlate(grad_weight, grad_bias.as<float>(), Unpooled{g, saved.as<uint8_t>(), 2 * height, 2 * width, outputs},
               source, n, pad_h, pad_w, threads);
+  else if (!saved)
+    correlate(grad_weight, grad_bias.as<float>(), Plain{g, height, width, outputs}, source, n, pad_h, pad_w, threads);
   else
     correlate(grad_weight, grad_bias.as<float>(), Masked{g, saved.as<float>(), height, width, outputs}, source, n,
               pad_h, pad_w, threads);

@@ -1,0 +1,78 @@
+"""conv_act on the CPU, by two of conv2d_relu's algorithms.
+
+winograd    where conv2d_relu takes it; residual and activation in its epilogue, unless backward needs z.
+aten        PyTorch's convolution (oneDNN) with its bias, then one pass of ours, in place unless backward needs z.
+
+In backward one pass gives g and the bias gradient, as for ReLU; then the same two.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ... import _C
+from ...dispatch import kernel
+from ...memory import cached
+from ...ops import conv2d_relu as conv_op
+from ...ops import conv_act as op
+from . import conv2d_relu as conv
+
+NONE = op.ACTIVATIONS.index("none")
+
+
+def _winograd(convolution, residual, activation, slope) -> torch.Tensor:
+    input, weight, bias, _, padding, *_ = convolution
+    out = cached(conv_op.alloc(*convolution))
+    result = conv._channels_last(out, fill=False)
+    residual = None if residual is None else conv._channels_last(residual)
+    given = (conv._channels_last(input), conv._transformed(weight), bias, residual)
+    _C.conv2d_winograd_act(result, *given, *padding, activation, slope, torch.get_num_threads())
+    return conv._convert(out, result)
+
+
+def _aten(convolution) -> torch.Tensor:
+    input, weight, bias, stride, padding, dilation, groups = convolution
+    out = torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+    return conv_op.conform(out, conv_op.alloc(*convolution))
+
+
+@kernel("conv_act", "cpu")
+def forward(input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, keep):
+    convolution = (input, weight, bias, stride, padding, dilation, groups)
+    winograd = conv.algorithm(*convolution) == "winograd"
+    if winograd and not keep:
+        out = _winograd(convolution, residual, activation, slope)
+        return out, out.new_empty(0)
+    z = _winograd(convolution, residual, NONE, 0.0) if winograd else _aten(convolution)
+    out = cached(torch.empty_like(z)) if keep else z
+    residual = None if residual is None or winograd else conv._dense(residual, z)
+    if residual is not None or activation != NONE:
+        _C.conv_act(out, z, residual, activation, slope, torch.get_num_threads())
+    return out, z if keep else z.new_empty(0)
+
+
+@kernel("conv_act_backward", "cpu")
+def backward(grad, input, weight, saved, stride, padding, dilation, groups, activation, slope, needed):
+    options, grad = (stride, padding, dilation, groups), conv._dense(grad, saved)
+    of_convolution = needed[0] or needed[1]
+    if activation == NONE:
+        saved = grad
+    g = cached(torch.empty_like(grad)) if of_convolution or needed[3] else None
+    d_bias = weight.new_empty(weight.shape[0] if needed[2] else 0)
+    _C.conv_act_grad(g, d_bias if needed[2] else None, grad, saved, activation, slope, torch.get_num_threads())
+    d_residual = g if needed[3] else weight.new_empty(0)
+    if needed[1] and conv.algorithm(input, weight, None, *options) == "winograd":
+        return *_winograd_backward(g, input, weight, padding, needed), d_bias, d_residual
+    return *conv._finish(g if of_convolution else None, d_bias, input, weight, options, needed), d_residual
+
+
+def _winograd_backward(g, input, weight, padding, needed):
+    """(d_input, d_weight)"""
+    d_input, d_weight, _ = map(cached, conv_op.alloc_grads(input, weight, needed))
+    g, threads = conv._channels_last(g), torch.get_num_threads()
+    _C.conv2d_winograd_backward_weight(d_weight, None, g, None, conv._channels_last(input), *padding, threads)
+    if needed[0]:
+        result = conv._channels_last(d_input, fill=False)
+        _C.conv2d_winograd_backward_input(result, g, None, weight, *padding, threads)
+        conv._convert(d_input, result)
+    return d_input, d_weight

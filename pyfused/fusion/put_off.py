@@ -1,0 +1,120 @@
+"""Tensors that are put off: computed when somebody looks at them, so that what comes next can be fused with what made
+them, however a model's forward is written. Anything that is not absorbed computes them, once, as if they had been all
+along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from .._library import is_transformed
+
+# What the shape, dtype and device of a tensor answer.
+_METADATA = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "nelement", "is_floating_point", "__len__")),
+}
+_recorders: list[list] = []  # of `fates`: what became of each
+
+
+class PutOff(torch.Tensor):
+    """A tensor that has not been computed.
+
+    origin: the one that a module returned; this one comes from it. sources: the tensors it is computed from, of which
+    the last but one is the module's weight. value: the tensor itself, once computed. seen: whether any of the same
+    origin has been; then the values are the truth, to which somebody may write.
+
+    A subclass has absorb(function, *args, **kwargs), the result of a call without the value, or None; and make(), the
+    value.
+    """
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, sources: tuple, origin: PutOff | None = None):
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=sources[0].device)
+        self.sources, self.origin, self.value = sources, self if origin is None else origin, None
+        if origin is None:
+            device = sources[0].device.type
+            self.seen, self.versions, self.grad_mode = False, _versions(sources), torch.is_grad_enabled()
+            self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _METADATA:
+                return function(*args, **kwargs)
+            if args and isinstance(args[0], PutOff) and not args[0].origin.seen:
+                result = args[0].absorb(function, *args[1:], **kwargs)
+                if result is not None:
+                    return result
+        if _recorders:
+            for x in torch.utils._pytree.tree_leaves((args, kwargs)):
+                if isinstance(x, PutOff):
+                    x.tell(None, getattr(function, "__name__", str(function)))
+        args, kwargs = torch.utils._pytree.tree_map_only(PutOff, PutOff.compute, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(f"pyfused: {function} was called on a tensor that was put off; read it once before")
+
+    def tell(self, fate, name: str) -> None:
+        if _recorders:
+            _recorders[-1].append((self.origin.sources[-2], fate, name))
+
+    def compute(self) -> torch.Tensor:
+        """The value, with its gradient."""
+        self.origin.seen = True
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.value is None:
+                self.value = self.make()
+            return self.value
+
+    def check_sources(self) -> None:
+        if self.versions != _versions(self.sources):
+            raise RuntimeError(
+                "pyfused: these values were put off, and what they are computed from has changed since. Read them "
+                "before (a head's logits before the optimizer's step), or call pyfused.unfuse(model)"
+            )
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Gradients and autocast as they were when it was put off."""
+        enabled, dtype = self.origin.autocast
+        with (
+            torch.set_grad_enabled(self.origin.grad_mode),
+            torch.autocast(self.device.type, dtype, enabled=enabled),
+        ):
+            yield
+
+
+def _versions(tensors: Sequence[torch.Tensor | None]) -> list[int | None]:
+    return [None if x is None or x.is_inference() else x._version for x in tensors]
+
+
+def can_be_put_off(*tensors: torch.Tensor | None) -> bool:
+    """Whether these are plain tensors, and calls are plain calls."""
+    plain = all(x is None or type(x) in (torch.Tensor, nn.Parameter) for x in tensors)
+    return plain and not torch.compiler.is_compiling() and not is_transformed()
+
+
+def computed_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of what a linear layer or a convolution makes of x."""
+    device = x.device.type
+    narrowed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if narrowed else x.dtype
+
+
+@contextlib.contextmanager
+def fates() -> Iterator[list[tuple[torch.Tensor, object, str]]]:
+    """Collects what becomes of all that is put off: (the module's weight, None or what absorbed it, by which call)."""
+    _recorders.append([])
+    try:
+        yield _recorders[-1]
+    finally:
+        _recorders.pop()
