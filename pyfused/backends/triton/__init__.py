@@ -28,7 +28,7 @@ def unavailable() -> str | None:
 
 def load() -> None:
     """Enter the kernels into the dispatch table."""
-    from . import cross_entropy, embedding_dot, in_batch_cross_entropy, linear_cross_entropy  # noqa: F401
+    from . import conv2d_relu, cross_entropy, embedding_dot, in_batch_cross_entropy, linear_cross_entropy  # noqa: F401
 
     if interpreted():
         ORDER["cpu"] += ("triton",)  # after the reference, which takes everything: only when forced
