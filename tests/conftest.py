@@ -23,7 +23,7 @@ INTERPRETER_BUDGET = 5_000  # elements of a case
 
 def pytest_addoption(parser):
     parser.addoption("--emulate-all", action="store_true", help="emulate a GPU for large cases, too (minutes)")
-    parser.addoption("--full", action="store_true", help="with TRITON_INTERPRET=1: every case at every dtype")
+    parser.addoption("--full", action="store_true", help="Triton: every case at every dtype, not a few")
 
 
 def pytest_configure(config):

@@ -40,7 +40,6 @@ def _forward_kernel(
     report_index_error(errors, USER, n // per_user, ok & bad_u)
     report_index_error(errors, ITEM, n, ok & bad_i)
     good = ok & ~bad_u & ~bad_i
-    u, i = tl.where(good, u, 0), tl.where(good, i, 0)
     dot = tl.zeros((SCORES,), DTYPE)
     for start in range(0, columns, BLOCK):
         d = start + tl.arange(0, BLOCK)
