@@ -72,6 +72,11 @@ def settings(full: bool):
         ids = {name: torch.zeros(2048, dtype=torch.int64) for name in ("user", "item")}
         yield f"{dim} {dtype}", "embedding_dot", {**ids, **tables, "sparse": sparse}, tuple(tables)
     yield "512 float64", "in_batch_cross_entropy", {**ids, **tables}, tuple(tables)
+    for name, dim, dtype in (("SGD", 64, F32), ("Adagrad", 128, F16), ("RowwiseAdagrad", 512, BF16), ("Adam", 64, F32)):
+        tables = {name: torch.empty(4096, dim, dtype=dtype) for name in ("user_weight", "item_weight")}
+        tables |= {name: torch.empty(4096, dtype=dtype) for name in ("user_bias", "item_bias")}
+        optimizer = getattr(pyfused.optim, name)(list(tables.values()))
+        yield f"{name} {dim}", "embedding_dot", {**ids, **tables, "optimizer": optimizer}, tuple(tables)
     yield from convolutions()
     if full:
         for case in cases.CASES:
