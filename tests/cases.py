@@ -185,6 +185,7 @@ CONV2D_RELU_MAX_POOL2D: list[Case] = [
     pool_case("overlap-cl", "overlapping windows in channels_last", (2, 6, 14, 15), 20, (3, 3), pool_size=(2, 3),
               pool_stride=(1, 2), layout=CHANNELS_LAST),
     pool_case("wide", "more pooled columns than one strip", (1, 5, 4, 560), 2, (2, 3), pool_size=2),
+    pool_case("grouped", "groups, then the separate pooling pass", (2, 6, 9, 10), 9, (3, 3), groups=3),
     pool_case("single", "a window of one element", (1, 3, 6, 6), 4, (3, 3), pool_size=1),
     pool_case("largest", "254 elements, the last place that a byte can name", (1, 2, 4, 130), 3, (2, 3), padding=(0, 1),
               pool_size=(2, 127), pool_stride=(1, 3)),

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,29 @@ def test_algorithm(shape, weight, options, expected):
     x = x.contiguous(memory_format=options.get("layout", torch.contiguous_format))
     w.requires_grad_(options.get("training", False))
     assert algorithm(x, w, None, *pairs, options.get("groups", 1)) == expected
+
+
+@pytest.mark.parametrize(
+    "channels, outputs, size, dtype, groups, own",
+    [
+        (1, 32, 3, torch.float32, 1, True),
+        (3, 32, 3, torch.bfloat16, 1, True),
+        (64, 64, 3, torch.bfloat16, 1, False),
+        (64, 256, 1, torch.bfloat16, 1, True),
+        (512, 512, 1, torch.float16, 1, False),
+        (32, 32, 1, torch.float64, 1, True),
+        (64, 64, 3, torch.float64, 1, False),
+        (8, 8, 1, torch.float32, 8, False),
+    ],
+)
+def test_tritons_rule(channels, outputs, size, dtype, groups, own):
+    """Own products where memory is the bound, PyTorch's convolution where arithmetic is."""
+    pytest.importorskip("triton")
+    from pyfused.backends.triton import conv2d_relu
+
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=dtype)
+    weight = torch.empty(outputs, channels // groups, size, size, dtype=dtype)
+    assert conv2d_relu._ways(on_gpu, weight, groups)[0] == own
 
 
 @needs_cpu

@@ -23,7 +23,9 @@ from . import conv2d
 from .common import bucket, choose, kernel
 
 WHOLE = (1, 1, 1, 1)  # no pooling: windows of one element
-ARITHMETIC = 64  # flops per byte moved; from there on a product is bound by arithmetic, tensor cores or not
+# Flops per byte moved from which arithmetic is the bound: with tensor cores and without. An H100's own ratios are 150
+# (TF32) to 300 and 20; its tensor cores get nowhere near them.
+ARITHMETIC, PLAIN = 64, 16
 PROGRAMS = 512  # a weight gradient is split into so many, a few for each multiprocessor
 CHUNK = 512  # but at least so many pixels each
 
@@ -35,8 +37,9 @@ def _ways(input, weight, groups) -> list[bool]:
     if not input.is_cuda or not torch.backends.cudnn.enabled:
         return [True]
     outputs, channels, *kernel_size = weight.shape
-    flops = 2 * channels * outputs * kernel_size[0] * kernel_size[1]
-    light = flops <= ARITHMETIC * (channels + outputs) * input.element_size()
+    flops = 2 * channels * outputs * kernel_size[0] * kernel_size[1]  # per pixel
+    plain = input.dtype == torch.float64 or (input.dtype == torch.float32 and _precision(input.dtype) == "ieee")
+    light = flops <= (PLAIN if plain else ARITHMETIC) * (channels + outputs) * input.dtype.itemsize
     return [light, not light]
 
 
