@@ -257,18 +257,9 @@ def sum_runs(outputs, occurring, key, order, rank, terms, rows, rule="", numbers
     constants = {"RULE": rule, "DTYPE": dtype, "CHUNK": chunk, "BLOCK": block, "TERMS": max(1, min(8, 2048 // block))}
     constants["num_warps"] = 1 if block <= 64 else 2 if block <= 256 else 8
     sizes = (n, rows, per_id, grad.numel() // other_ids.numel(), others, columns, *other_weight.stride())
-    given = (
-        partial,
-        bias_partial,
-        occurring,
-        key,
-        order,
-        rank,
-        grad.contiguous(),
-        other_ids.contiguous(),
-        other_weight,
-    )
-    _sum_kernel[(n, blocks)](*outputs, *given, *sizes, *numbers, IN_ORDER=in_order, **constants)
+    given = (partial, bias_partial, occurring, key, order, rank)
+    read = (grad.contiguous(), other_ids.contiguous(), other_weight)
+    _sum_kernel[(n, blocks)](*outputs, *given, *read, *sizes, *numbers, IN_ORDER=in_order, **constants)
     if chunks > 1:
         given = (partial, bias_partial, key, rank, n, rows, columns)
         _join_kernel[(chunks - 1, blocks)](*outputs, *given, *numbers, **constants)

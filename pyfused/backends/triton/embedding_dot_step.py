@@ -33,6 +33,7 @@ def write(table, at, d, inside, g, columns, lr, alpha, beta, eps, RULE: tl.const
             s = tl.load(s_at, mask=inside, other=1.0)
             if RULE == "rowwise_adagrad":
                 s += tl.sum(tl.where(inside, g * g, 0.0), 0) / columns
+                tl.debug_barrier()  # all threads have read the row's one sum
                 tl.store(s_at, s, mask=inside & (d == 0))
             else:
                 s += g * g
