@@ -102,6 +102,7 @@ def convolutions():
     yield conv("64", (2, 64, 28, 28), 64, 3, F32, padding=1)
     yield conv("strict", (2, 64, 28, 28), 64, 3, F32, tf32=False, padding=1)
     yield conv("double", (2, 32, 9, 9), 32, 3, F64)
+    yield conv("double pooled", (2, 8, 9, 9), 32, 3, F64, **pooled)
     yield conv("pooled", (2, 64, 28, 28), 64, 3, BF16, **pooled)
     yield conv("stem", (2, 3, 32, 32), 64, 7, F16, padding=3, stride=2)
     yield conv("gray", (2, 1, 28, 28), 32, 3, F32, **pooled)

@@ -85,7 +85,7 @@ def _gradient(grad, saved, n, y, x, c, ok, inside, rows, columns, g_strides, s_s
     else:
         total = tl.zeros((y.shape[0], c.shape[0]), DTYPE)
         ACROSS: tl.constexpr = (POOL[1] - 1) // POOL[3] + 1  # windows side by side that share an element
-        for i in tl.static_range(((POOL[0] - 1) // POOL[2] + 1) * ACROSS):
+        for i in range(((POOL[0] - 1) // POOL[2] + 1) * ACROSS):
             wy, wx = y // POOL[2] - i // ACROSS, x // POOL[3] - i % ACROSS
             ry, rx = y - wy * POOL[2], x - wx * POOL[3]
             met = ok & (ry < POOL[0]) & (rx < POOL[1]) & (wy >= 0) & (wy < rows) & (wx >= 0) & (wx < columns)

@@ -53,17 +53,20 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _tiles(dtype: torch.dtype, columns: int, depth: int, widest: int = 64) -> list[tuple[int, int, int, int, int]]:
+def _tiles(weight: torch.Tensor, columns: int, depth: int, widest: int = 64) -> list[tuple[int, int, int, int, int]]:
     """(rows, columns, depth, warps, stages) of a program's product; the rule of thumb first.
 
-    A thread holds 32 sums: with 64, what else it holds no longer fits its registers.
+    A thread holds 32 sums: with 64, what else it holds no longer fits its registers. Where channels are no multiples of
+    16, Triton reads a number at a time, with an address for each: half as deep, and 16 sums to a thread.
     """
-    columns, depth = (min(max(bucket(x), 16), most) for x, most in ((columns, widest), (depth, 128 // dtype.itemsize)))
+    dtype, aligned = weight.dtype, weight.shape[0] % 16 == weight.shape[1] % 16 == 0
+    deepest = (128 if aligned else 64) // dtype.itemsize
+    columns, depth = (min(max(bucket(x), 16), max(most, 16)) for x, most in ((columns, widest), (depth, deepest)))
     if dtype == torch.float64:
         return [(32, min(columns, 32), depth, 4, 2)]
     if dtype == torch.float32 and _precision(dtype) == "ieee":
         return [(64, columns, depth, 4, 2), (32, columns, depth, 4, 2)]
-    return [(64, columns, depth, 4, 3), (128, columns, depth, 8, 3)]
+    return [(64, columns, depth, 4 if aligned else 8, 3), (128, columns, depth, 8, 3)]
 
 
 def _nhwc(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -101,7 +104,7 @@ def _product(out, code, input, weight, bias, stride, padding, dilation, pool):
 
     # Pooling keeps a maximum and its place for each sum; FLAT an address for each element of a block.
     depth = min(channels * taps, 32 if channels <= FLAT else channels)
-    tiles = _tiles(input.dtype, outputs, depth, 64 if pool == WHOLE else 32)
+    tiles = _tiles(weight, outputs, depth, 64 if pool == WHOLE else 32)
     run(choose(_key("conv2d_forward", input, weight, stride, dilation, pool), tiles, run))
 
 
@@ -145,7 +148,7 @@ def _backward_input(grad_input, grad, saved, weight, options, out_shape, pool):
         grid = (_grid(pixels, channels, tile), stride[0] * stride[1])
         conv2d._backward_input_kernel[grid](*given, POOL=pool, PRECISION=_precision(grad.dtype), **block)
 
-    tiles = _tiles(grad.dtype, channels, weight.shape[0])
+    tiles = _tiles(weight, channels, weight.shape[0])
     run(choose(_key("conv2d_backward_input", grad_input, weight, *options, pool), tiles, run))
 
 
@@ -173,7 +176,7 @@ def _backward_weight(grad_weight, grad_bias, grad, saved, input, options, out_sh
         return weights, biases
 
     flat = channels <= FLAT
-    tiles = _tiles(grad.dtype, channels * taps if flat else channels, pixels, 32 if flat else 64)
+    tiles = _tiles(grad_weight, channels * taps if flat else channels, pixels, 32 if flat else 64)
     tiles = [(min(rows, max(bucket(outputs), 16)), *rest) for rows, *rest in tiles]
     weights, biases = run(choose(_key("conv2d_backward_weight", input, grad_weight, *options, pool), tiles, run))
     grad_weight.copy_(weights.sum(0).permute(0, 3, 1, 2))
@@ -184,7 +187,9 @@ def _backward_weight(grad_weight, grad_bias, grad, saved, input, options, out_sh
 def _own_backward(grads, grad, saved, input, weight, options, out_shape, pool, needed):
     grad_input, grad_weight, grad_bias = grads
     grad, saved, options = _nhwc(grad), _nhwc(saved), tuple(map(tuple, options[:3]))
-    if (pool and _overlaps(pool)) or (needed[2] and not needed[1]):
+    # Triton 3.7 aborts, in an assertion of its own, on products of float64 that hang on bytes: unpooled before.
+    unpool = pool and (_overlaps(pool) or grad.dtype == torch.float64)
+    if unpool or (needed[2] and not needed[1]):
         grad = _gradient(grad_bias, grad, saved, out_shape, pool, needed[0] or needed[1])
         saved = pool = None
     if needed[0]:
@@ -197,7 +202,7 @@ def _own_backward(grads, grad, saved, input, weight, options, out_shape, pool, n
 def _passes(n, outputs, rows, columns):
     """(grid, constants) of a pass over a map."""
     block = min(bucket(outputs), 64)
-    each = max(1, 2048 // block)
+    each = max(1, (2048 if outputs % 16 == 0 else 1024) // block)  # with vectors a thread has room for twice as much
     grid = (triton.cdiv(n * rows * columns, each), triton.cdiv(outputs, block))
     return grid, {"PIXELS": each, "OUTPUTS": block}
 
