@@ -17,10 +17,10 @@ from rich.console import Console
 
 import pyfused
 
-from . import report
+from . import harness, report
 from .cases import BF16, FULL
 from .harness import Contender, run_case
-from .workloads import Builders, Case, CrossEntropy, LinearCrossEntropy
+from .workloads import Builders, Case, Conv, CrossEntropy, LinearCrossEntropy
 
 LARGE: list[Case] = [
     CrossEntropy(shape=(8192, 128256), dtype=BF16, why="a large language model's step: 2.1 GB of logits"),
@@ -41,16 +41,32 @@ class OnGpu:
 
     def contenders(self, direction: str, device: torch.device) -> Builders:
         builders = self.case.contenders(direction, device)
+        ours = builders.get("pyfused NHWC", builders["pyfused"])
         for backend in ("cuda", "triton"):
             if pyfused.available_backends()[backend] is None:
                 # Not called pyfused: a backend without a kernel for this op may be left out.
-                builders[f"ours on {backend}"] = lambda b=backend: _forced(b, builders["pyfused"]())
+                builders[f"ours on {backend}"] = lambda b=backend: _within(lambda: pyfused.use_backend(b), ours())
+        if isinstance(self.case, Conv) and "ours on triton" in builders and self.case.groups == 1:
+            for own, name in ((True, "own product"), (False, "cuDNN")):  # what its rule of thumb chooses from
+                builders[f"ours on triton, {name}"] = lambda own=own: _within(lambda: _triton_way(own), ours())
         return builders
 
 
-def _forced(backend: str, contender: Contender) -> Contender:
+@contextlib.contextmanager
+def _triton_way(own: bool):
+    from pyfused.backends.triton import conv2d_relu
+
+    before, conv2d_relu._ways = conv2d_relu._ways, lambda *args: [own]
+    try:
+        with pyfused.use_backend("triton"):
+            yield
+    finally:
+        conv2d_relu._ways = before
+
+
+def _within(context, contender: Contender) -> Contender:
     def within(function):
-        with pyfused.use_backend(backend):
+        with context():
             return function()
 
     return Contender(lambda: within(contender.run), lambda: within(contender.result))
@@ -64,6 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     console, device = Console(width=200), torch.device("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # PyTorch's default: convolutions round to 11 bits
+        harness.TOLERANCE[torch.float32] = 2e-3
     stop = time.monotonic() + 60 * options.minutes
     everything = []
     for case in (*LARGE, *FULL):

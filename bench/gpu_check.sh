@@ -3,7 +3,9 @@
 #     bench/gpu_check.sh OUT_DIR
 # Builds, runs the tests, compute-sanitizer and the benchmarks. A stage that fails or runs out of time does not stop the
 # next. Leaves in OUT_DIR a log per stage, summary.txt, and in OUT_DIR/bench the rows and their table. torch, numpy,
-# pytest and the build's requirements (setuptools, cmake, ninja, pybind11) must be installed, as nvcc must be.
+# pytest and the build's requirements (setuptools, cmake, ninja, pybind11) must be installed. Without nvcc the GPU runs
+# the Triton kernels only. Rivals are raced where they can be imported: liger-kernel, quack-kernels, cut-cross-entropy,
+# flash-attn, apex.
 set -u
 out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUT_DIR}" && cd "$1" && pwd)
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -35,7 +37,9 @@ machine() {
 build() {
   # From a copy: the build leaves files beside its sources, and the checkout may be read-only.
   rm -rf source && mkdir source && (cd "$root" && cp -r $sources "$out/source") || return
-  CMAKE_ARGS="-DPYFUSED_CUDA=ON -DPYFUSED_CUDA_ARCHITECTURES=native" \
+  local cuda=OFF
+  if command -v nvcc; then cuda=ON; fi
+  CMAKE_ARGS="-DPYFUSED_CUDA=$cuda -DPYFUSED_CUDA_ARCHITECTURES=native" \
     python -m pip install --no-build-isolation --no-deps --no-index --force-reinstall -v ./source || return
   rm -rf source
   python -m pyfused info
@@ -72,11 +76,13 @@ export root out sources="setup.py CMakeLists.txt pyproject.toml README.md LICENS
 stage machine 30 bash -c machine
 stage build 150 bash -c build
 gpu="cuda or triton or gpu"
-stage tests-gpu 150 python -m pytest -q -p no:cacheprovider -k "($gpu) and not emulat" "$root/tests"
+test=(python -m pytest -q -p no:cacheprovider "$root/tests")
+stage tests-gpu 120 "${test[@]}" -k "($gpu) and not emulat and not triton"
 stage memcheck 50 bash -c "sanitize memcheck"
 stage racecheck 50 bash -c "sanitize racecheck"
 stage bench 190 python -m pyfused.bench.gpu bench --minutes 3
+stage tests-triton 120 "${test[@]}" -k "triton and not emulat and not compile" --few
 stage bench-no-compile 60 python -m pyfused.bench.gpu bench-no-compile --minutes 1 --no-compile
-stage tests-rest $((deadline - SECONDS)) python -m pytest -q -x -p no:cacheprovider -k "not ($gpu)" "$root/tests"
+stage tests-rest $((deadline - SECONDS)) "${test[@]}" -x -k "not ($gpu)"
 cat bench*/table.txt 2>/dev/null
 echo "total $SECONDS s; logs, rows and tables in $out"

@@ -18,7 +18,7 @@ def _flash_attention(x, target):
 
 
 def _quack(x, target):
-    from quack import cross_entropy
+    from quack.cross_entropy import cross_entropy
 
     return cross_entropy(x, target, reduction="mean")
 
@@ -35,6 +35,12 @@ def _liger_linear(x, weight, target):
     return LigerFusedLinearCrossEntropyLoss()(weight, x, target)
 
 
+def _quack_linear(x, weight, target):
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(x, weight, target)
+
+
 def _cut(x, weight, target):
     from cut_cross_entropy import linear_cross_entropy
 
@@ -43,5 +49,5 @@ def _cut(x, weight, target):
 
 PEERS: dict[str, dict[str, Callable]] = {
     "cross_entropy": {"liger on a copy": _liger, "flash-attn": _flash_attention, "quack": _quack, "apex": _apex},
-    "linear_cross_entropy": {"liger": _liger_linear, "cut-cross-entropy": _cut},
+    "linear_cross_entropy": {"liger": _liger_linear, "quack": _quack_linear, "cut-cross-entropy": _cut},
 }

@@ -1,8 +1,8 @@
 """Fixtures shared by all tests: every usable backend and instruction set; what is missing skips with its reason.
 
 With TRITON_INTERPRET=1 in the environment this is another session: only the tests of the Triton backend, whose kernels
-then run on CPU tensors (test_triton.py starts it). Of the case table every case runs at one dtype, in turn; with --full
-at all.
+then run on CPU tensors (test_triton.py starts it). Of the case table the small cases run at one dtype, in turn; with
+--full all at all. --few does so elsewhere, where each case costs a compilation.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ INTERPRETER_BUDGET = 5_000  # elements of a case
 
 def pytest_addoption(parser):
     parser.addoption("--emulate-all", action="store_true", help="emulate a GPU for large cases, too (minutes)")
-    parser.addoption("--full", action="store_true", help="with TRITON_INTERPRET=1: every case at every dtype")
+    parser.addoption("--few", action="store_true", help="every case at one dtype, in turn")
+    parser.addoption("--full", action="store_true", help="Triton: every case at every dtype, not a few")
 
 
 def pytest_configure(config):
@@ -37,10 +38,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not INTERPRETED:
+    few = config.getoption("--few") or (INTERPRETED and not config.getoption("--full"))
+    if not few and not INTERPRETED:
         return
-    full = config.getoption("--full")
-    chosen = [item for item in items if runs_triton(item) and (full or is_in_trimmed_set(item))]
+    chosen = [i for i in items if (runs_triton(i) or not INTERPRETED) and (not few or is_in_trimmed_set(i))]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
@@ -55,12 +56,12 @@ def runs_triton(item) -> bool:
 
 
 def is_in_trimmed_set(item) -> bool:
-    """Small cases, each at one dtype, in turn."""
+    """Cases at one dtype each, in turn; for the interpreter only small ones."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if "case" not in parameters:
         return True
     case = parameters["case"]
-    if emulated.too_large(case, INTERPRETER_BUDGET):
+    if INTERPRETED and emulated.too_large(case, INTERPRETER_BUDGET):
         return False
     return "dtype" not in parameters or parameters["dtype"] == case.dtypes[sum(case.id.encode()) % len(case.dtypes)]
 

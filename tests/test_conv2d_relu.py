@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from accuracy import eager, public
 from torch import nn
 
 import pyfused
-from pyfused import _binary
+from pyfused import _binary, dispatch
 
 PF = pyfused.functional
 OPS = ("conv2d_relu", "conv2d_relu_max_pool2d")
@@ -75,6 +76,29 @@ def test_algorithm(shape, weight, options, expected):
     x = x.contiguous(memory_format=options.get("layout", torch.contiguous_format))
     w.requires_grad_(options.get("training", False))
     assert algorithm(x, w, None, *pairs, options.get("groups", 1)) == expected
+
+
+@pytest.mark.parametrize(
+    "channels, outputs, size, dtype, groups, own",
+    [
+        (1, 32, 3, torch.float32, 1, True),
+        (3, 32, 3, torch.bfloat16, 1, True),
+        (64, 64, 3, torch.bfloat16, 1, False),
+        (64, 256, 1, torch.bfloat16, 1, True),
+        (512, 512, 1, torch.float16, 1, False),
+        (32, 32, 1, torch.float64, 1, True),
+        (64, 64, 3, torch.float64, 1, False),
+        (8, 8, 1, torch.float32, 8, False),
+    ],
+)
+def test_tritons_rule(channels, outputs, size, dtype, groups, own):
+    """Own products where memory is the bound, PyTorch's convolution where arithmetic is."""
+    pytest.importorskip("triton")
+    from pyfused.backends.triton import conv2d_relu
+
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=dtype)
+    weight = torch.empty(outputs, channels // groups, size, size, dtype=dtype)
+    assert conv2d_relu._ways(on_gpu, weight, groups)[0] == own
 
 
 @needs_cpu
@@ -153,6 +177,19 @@ def test_special_values(variant, channels, pool, layout):
     got, expected = run(public(op), x, w, exact(18), **pool), run(eager(op), x, w, exact(18), **pool)
     for name, g, e in zip(("output", "d_input", "d_weight", "d_bias"), got, expected):
         assert torch.equal(g.nan_to_num(nan=123.0), e.nan_to_num(nan=123.0)), name
+
+
+@pytest.mark.op("conv2d_relu_max_pool2d")
+def test_ties_after_rounding(variant):
+    """Of those that round to the maximum in bfloat16 the first, as in eager PyTorch. Sums are exact in float32."""
+    if dispatch._forced != "triton":
+        pytest.skip("compares before it rounds")
+    x, w, b = (exact(*shape, high=9).bfloat16() for shape in ((2, 40, 9, 9), (16, 40, 3, 3), (16,)))
+    op = "conv2d_relu_max_pool2d"
+    for name, g, e in zip(
+        ("output", "d_input", "d_weight", "d_bias"), run(public(op), x, w, b), run(eager(op), x, w, b)
+    ):
+        assert torch.equal(g, e), name
 
 
 @pytest.mark.parametrize("op", OPS)

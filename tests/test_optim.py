@@ -212,7 +212,7 @@ def test_training_goes_on_after_saving(rule, way, dtype):
 @pytest.mark.op("embedding_dot_update")
 @pytest.mark.parametrize("bad", [-1, 30])
 def test_ids_out_of_range_leave_everything_as_it_was(bad, device):
-    if device == "cuda":
+    if device == "cuda" or dispatch._forced == "triton":
         pytest.skip("the GPU is not waited for")
     model = small("Adam")
     item = ITEM.clone()

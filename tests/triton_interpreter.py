@@ -184,7 +184,8 @@ execute = interpreter.GridExecutor.__call__
 
 def run_grid(self, *args, **kwargs):
     global memory
-    bases = [getattr(x, "base", x) for x in (*args, *kwargs.values())]
+    given = [y for x in (*args, *kwargs.values()) for y in (x if isinstance(x, tuple) else (x,))]
+    bases = [getattr(x, "base", x) for x in given]
     memory = Memory([x for x in bases if hasattr(x, "untyped_storage")])
     return execute(self, *args, **kwargs)
 

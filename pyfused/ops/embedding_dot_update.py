@@ -95,6 +95,16 @@ def reference(
             s[rows] = values
 
 
+def no_step_in_place(user_weight: torch.Tensor, item_weight: torch.Tensor, state: list) -> str | None:
+    """Why kernels that want rows without gaps cannot change these tables in place."""
+    for name, table in (("user_weight", user_weight), ("item_weight", item_weight)):
+        if table.stride(1) != 1 and table.shape[1] > 1:
+            return f"the rows of {name} have gaps between their numbers, so it cannot be changed in place"
+    if not all(s.is_contiguous() for s in state):
+        return "the optimizer's state is not contiguous"
+    return None
+
+
 def check_ids(name: str, ids: torch.Tensor, weight: torch.Tensor) -> None:
     """As F.embedding would, but before anything is written."""
     if ids.numel() and (ids.min() < 0 or ids.max() >= len(weight)):

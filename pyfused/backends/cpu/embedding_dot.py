@@ -32,12 +32,7 @@ def backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sp
 
 
 def _cannot_update(grad, user, item, user_weight, item_weight, user_bias, item_bias, state, *rest):
-    for name, table in (("user_weight", user_weight), ("item_weight", item_weight)):
-        if table.stride(1) != 1 and table.shape[1] > 1:
-            return f"the rows of {name} have gaps between their numbers, so it cannot be changed in place"
-    if not all(s.is_contiguous() for s in state):
-        return "the optimizer's state is not contiguous"
-    return None
+    return update_op.no_step_in_place(user_weight, item_weight, state)
 
 
 @kernel("embedding_dot_update", "cpu", _cannot_update)

@@ -28,7 +28,14 @@ def unavailable() -> str | None:
 
 def load() -> None:
     """Enter the kernels into the dispatch table."""
-    from . import cross_entropy, embedding_dot, in_batch_cross_entropy, linear_cross_entropy  # noqa: F401
+    from . import (  # noqa: F401
+        conv2d_relu,
+        cross_entropy,
+        embedding_dot,
+        embedding_dot_update,
+        in_batch_cross_entropy,
+        linear_cross_entropy,
+    )
 
     if interpreted():
         ORDER["cpu"] += ("triton",)  # after the reference, which takes everything: only when forced

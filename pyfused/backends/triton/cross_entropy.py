@@ -15,6 +15,8 @@ Floats  smoothing, z-loss and softcap are compile-time constants: as arguments T
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -72,9 +74,10 @@ def _row_weight(weight, label, kept, SOFT: tl.constexpr, DTYPE: tl.constexpr):
 def _forward_kernel(
     loss, lse, stats, partial, input, target, weight, errors, rows, classes, positions, s_n, s_c, s_p, t_n, t_c, t_p,
     ignore_index, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, SOFT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats.dtype.element_ty
+    classes *= ALIGN
     PRECISE: tl.constexpr = input.dtype.element_ty == tl.float32
     pid = tl.program_id(0)
     tiles = tl.cdiv(positions, ROWS)
@@ -82,7 +85,7 @@ def _forward_kernel(
     p = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = p < positions
     r = n * positions + p
-    z_at, y_at = input + n * s_n + p * s_p, target + n * t_n + p * t_p
+    z_at, y_at = input + (n * s_n + p * s_p) * ALIGN, target + (n * t_n + p * t_p) * ALIGN
     label, kept, bad = _label(target, r, ok, classes, ignore_index, SOFT)
 
     top = tl.full((ROWS,), -float("inf"), DTYPE)
@@ -141,9 +144,11 @@ def _forward_kernel(
 def _backward_kernel(
     grad_input, grad_loss, grad_lse, input, target, weight, weight_sum, stats, total, rows, classes, positions,
     g_n, g_c, g_p, s_n, s_c, s_p, t_n, t_c, t_p, ignore_index, REDUCTION: tl.constexpr, SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, SOFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, SOFT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats.dtype.element_ty
+    classes *= ALIGN
     PRECISE: tl.constexpr = input.dtype.element_ty == tl.float32
     pid, blocks = tl.program_id(0), tl.cdiv(classes, BLOCK)
     tiles = tl.cdiv(positions, ROWS)
@@ -163,10 +168,10 @@ def _backward_kernel(
     if REDUCTION == MEAN:
         g = g / tl.load(total)
 
-    z = _logits((input + n * s_n + p * s_p)[:, None] + columns * s_c, inside, SOFTCAP, DTYPE)
+    z = _logits((input + (n * s_n + p * s_p) * ALIGN)[:, None] + columns * s_c, inside, SOFTCAP, DTYPE)
     softmax = exp(z - top[:, None], PRECISE) / all_[:, None]
     if SOFT or SMOOTHING > 0:
-        y_at = (target + n * t_n + p * t_p)[:, None] + columns * t_c
+        y_at = (target + (n * t_n + p * t_p) * ALIGN)[:, None] + columns * t_c
         u = _spread(weight, target, c, y_at, inside, classes, SMOOTHING, SOFT, DTYPE)
     if SOFT:
         d = softmax * x[:, None] - u
@@ -183,7 +188,7 @@ def _backward_kernel(
         d += tl.load(grad_lse + r, mask=ok & ~bad, other=0.0)[:, None] * softmax
     if SOFTCAP > 0:
         d *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
-    at = (grad_input + n * g_n + p * g_p)[:, None] + columns * g_c
+    at = (grad_input + (n * g_n + p * g_p) * ALIGN)[:, None] + columns * g_c
     tl.store(at, d.to(grad_input.dtype.element_ty), mask=inside)
 
 
@@ -210,14 +215,28 @@ def tiles(shape, strides, itemsize: int, forward: bool) -> list[tuple[int, int, 
     n, classes, positions = shape
     if strides[2] == 1 and strides[1] != 1:  # positions innermost
         rows, block = min(bucket(positions), 128), min(bucket(classes), 16)
-        return [(rows, block, 4), (max(rows // 4, 1), 2 * block, 4), (rows, 2 * block, 8)]
-    widest = 16384 // itemsize if forward else 8192 // itemsize
+        return [(rows, block, 4), (max(rows // 4, 1), 2 * block, 4), (rows, 2 * block, 16)]
+    widest = 4096 if forward else 8192 // itemsize  # 16 elements to a thread: with 32, sm_80 spills
     block = min(bucket(classes), widest)
     enough = bucket(n * positions // 512)  # rows a program may have while every processor has some programs
     rows = max(1, min(2048 // block, 128, enough, bucket(positions)))
     warps = 8 if block * rows >= 4096 else 4
     others = [(1, block // 2, 4), (1, block, 16)] if block == widest else [(2 * rows, block, 4)]
     return [(rows, block, warps), *others]
+
+
+def _units(shape, *strides: tuple[int, int, int]) -> tuple[int, list[int]]:
+    """(ALIGN, sizes and strides as the kernels take them).
+
+    Where classes lie side by side, their number and the distances between rows are in units of ALIGN, up to 8, so that
+    1000 classes are read 16 bytes at a time: Triton itself sees only multiples of 16.
+    """
+    _, classes, positions = shape
+    align = 1
+    if all(s_c <= 1 for _, s_c, _ in strides):
+        align = math.gcd(8, classes, *(distance for s_n, _, s_p in strides for distance in (s_n, s_p)))
+    sizes = (classes // align, positions)
+    return align, [*sizes, *(x for s_n, s_c, s_p in strides for x in (s_n // align, s_c, s_p // align))]
 
 
 def cannot(input, *args) -> str | None:
@@ -240,9 +259,10 @@ def forward(input, target, weight, return_lse, reduction, ignore_index, label_sm
     target, weight = op.as_kernels_read(input, target, weight)
     shape = _shape(input, target) if soft else _shape(input)
     strides = _strides(input)
-    n, _, positions = shape
-    sizes = (stats.shape[1], *shape[1:], *strides, *(_strides(target) if soft else (0, 0, 0)), ignore_index)
-    constants = {"SMOOTHING": label_smoothing, "Z_LOSS": z_loss, "SOFTCAP": softcap, "SOFT": soft}
+    n, classes, positions = shape
+    align, sizes = _units(shape, strides, _strides(target) if soft else (0, 0, 0))
+    sizes = (stats.shape[1], *sizes, ignore_index)
+    constants = {"SMOOTHING": label_smoothing, "Z_LOSS": z_loss, "SOFTCAP": softcap, "SOFT": soft, "ALIGN": align}
 
     def run(tile):
         rows, block, warps = tile
@@ -253,7 +273,7 @@ def forward(input, target, weight, return_lse, reduction, ignore_index, label_sm
         _forward_kernel[(programs,)](*outputs, *given, *sizes, **constants, ROWS=rows, BLOCK=block, num_warps=warps)
         return partial
 
-    key = ("cross_entropy", input.dtype, bucket(n * positions), shape[1], soft, strides[1] == 1)
+    key = ("cross_entropy", input.dtype, bucket(n * positions), classes, soft, strides[1] == 1)
     partial = run(choose(key, tiles(shape, strides, input.element_size(), True), run)).sum(0)
     total.copy_(partial[1])
     if reduction != NONE.value:
@@ -270,14 +290,15 @@ def _backward(grad_input, grad_loss, grad_lse, input, target, weight, stats, tot
     strides = _strides(input)
     n, classes, positions = shape
     read = (grad_loss.contiguous(), None if grad_lse is None else grad_lse.contiguous(), input, target, weight)
-    sizes = (stats.shape[1], *shape[1:], *_strides(grad_input), *strides)
-    sizes += (*(_strides(target) if soft else (0, 0, 0)), ignore_index)
+    align, sizes = _units(shape, _strides(grad_input), strides, _strides(target) if soft else (0, 0, 0))
+    sizes = (stats.shape[1], *sizes, ignore_index)
     constants = {"REDUCTION": reduction, "SMOOTHING": label_smoothing, "Z_LOSS": z_loss, "SOFTCAP": softcap}
+    constants |= {"SOFT": soft, "ALIGN": align}
 
     def run(tile):
         rows, block, warps = tile
         grid = (n * triton.cdiv(positions, rows) * triton.cdiv(classes, block),)
-        tile = {"SOFT": soft, "ROWS": rows, "BLOCK": block, "num_warps": warps}
+        tile = {"ROWS": rows, "BLOCK": block, "num_warps": warps}
         _backward_kernel[grid](grad_input, *read, weight_sum, stats, total, *sizes, **constants, **tile)
 
     key = ("cross_entropy_backward", input.dtype, bucket(n * positions), classes, soft, strides[1] == 1)

@@ -10,6 +10,7 @@ Bytes     of backward, n occurrences: n (D + 1) elements gathered, the rows that
           table, zeroed first), ids 12 n and what sorting them takes. 65,536 x 64 float32: 17 MB gathered, 5 us on an
           H100; the sort and the launches take longer.
 Edges     Ids that are no row, and padding, get the key `rows`: sorted last, no gradient. A score of a bad id is NaN.
+Update    embedding_dot_update.py takes an optimizer's step on a row where its gradient would be written.
 Sparse    How many rows occur is known on the device only, and PyTorch wants it as a shape: one wait, after all work
           is queued (torch's own coalesce() waits as well). The dense form never waits.
 """
@@ -22,6 +23,7 @@ import triton.language as tl
 
 from ...ops import embedding_dot as op
 from .common import ARGUMENTS, bucket, choose, index_errors, kernel, report_index_error
+from .embedding_dot_step import write
 
 USER = tl.constexpr(ARGUMENTS.index("user"))
 ITEM = tl.constexpr(ARGUMENTS.index("item"))
@@ -39,8 +41,7 @@ def _forward_kernel(
     bad_u, bad_i = (u < 0) | (u >= users), (i < 0) | (i >= items)
     report_index_error(errors, USER, n // per_user, ok & bad_u)
     report_index_error(errors, ITEM, n, ok & bad_i)
-    good = ok & ~bad_u & ~bad_i
-    u, i = tl.where(good, u, 0), tl.where(good, i, 0)
+    good = ok & ~bad_u & ~bad_i  # masks every access; a select on the ids besides is lost by Triton 3.7's layouts
     dot = tl.zeros((SCORES,), DTYPE)
     for start in range(0, columns, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -66,19 +67,25 @@ def _key_kernel(key, ids, n, rows, padding, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather(grad, other_ids, other_weight, occurrence, valid, per_other, others, w_row, w_column, d, columns,
-            DTYPE: tl.constexpr):  # fmt: skip
-    """(upstream gradients of these occurrences, rows they multiply): a bad other id counts as a row of 0."""
+            IN_ORDER: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """(upstream gradients of these occurrences, rows they multiply): a bad other id counts as a row of 0.
+
+    IN_ORDER: other_weight holds the rows of other_ids one after the other, not a table.
+    """
     other = tl.load(other_ids + occurrence // per_other, mask=valid, other=0).to(tl.int64)
     valid &= (other >= 0) & (other < others)
     g = tl.load(grad + occurrence, mask=valid, other=0.0).to(DTYPE)
-    at = other_weight + tl.where(valid, other, 0)[:, None] * w_row + d[None, :] * w_column
+    row = occurrence // per_other if IN_ORDER else tl.where(valid, other, 0)
+    at = other_weight + row[:, None] * w_row + d[None, :] * w_column
     return g, tl.load(at, mask=valid[:, None] & (d < columns)[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
 def _sum_kernel(
-    weight_grad, bias_grad, partial, bias_partial, occurring, key, order, rank, grad, other_ids, other_weight, n, rows,
-    per_id, per_other, others, columns, w_row, w_column, DTYPE: tl.constexpr, CHUNK: tl.constexpr, TERMS: tl.constexpr,
+    table, bias_table, partial, bias_partial, occurring, key, order, rank, grad, other_ids, other_weight, n, rows,
+    per_id, per_other, others, columns, w_row, w_column, lr: tl.float64, alpha: tl.float64, beta: tl.float64,
+    eps: tl.float64, bias_lr: tl.float64, bias_alpha: tl.float64, bias_beta: tl.float64, bias_eps: tl.float64,
+    IN_ORDER: tl.constexpr, RULE: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64)
@@ -97,7 +104,7 @@ def _sum_kernel(
             valid &= tl.load(key + at, mask=valid, other=0) == mine
             occurrence = tl.load(order + at, mask=valid, other=0) * per_id + t % per_id
             g, other = _gather(grad, other_ids, other_weight, occurrence, valid, per_other, others, w_row, w_column, d,
-                               columns, DTYPE)  # fmt: skip
+                               columns, IN_ORDER, DTYPE)  # fmt: skip
             row += tl.sum(g[:, None] * other, 0)
             bias += tl.sum(g, 0)
             term += TERMS
@@ -111,10 +118,12 @@ def _sum_kernel(
             tl.store(bias_partial + slot, bias, mask=first)
         else:
             at = tl.load(rank + begin) if rank is not None else mine.to(tl.int64)
-            if weight_grad is not None:
-                tl.store(weight_grad + at * columns + d, row.to(weight_grad.dtype.element_ty), mask=d < columns)
-            if bias_grad is not None:
-                tl.store(bias_grad + at, bias.to(bias_grad.dtype.element_ty), mask=first)
+            if table is not None:
+                write(table, at, d, d < columns, row, columns, lr, alpha, beta, eps, RULE)
+            if bias_table is not None:
+                one = tl.zeros((1,), tl.int64)
+                write(bias_table, at, one, (one == 0) & first, one.to(DTYPE) + bias, 1, bias_lr, bias_alpha, bias_beta,
+                       bias_eps, RULE)  # fmt: skip
         if occurring is not None:  # noqa: SIM102  (decided when the kernel is compiled)
             if continued == 0:
                 tl.store(occurring + tl.load(rank + begin), mine.to(tl.int64), mask=first)
@@ -122,7 +131,9 @@ def _sum_kernel(
 
 @triton.jit
 def _join_kernel(
-    weight_grad, bias_grad, partial, bias_partial, key, rank, n, rows, columns, DTYPE: tl.constexpr,
+    table, bias_table, partial, bias_partial, key, rank, n, rows, columns, lr: tl.float64, alpha: tl.float64,
+    beta: tl.float64, eps: tl.float64, bias_lr: tl.float64, bias_alpha: tl.float64, bias_beta: tl.float64,
+    bias_eps: tl.float64, RULE: tl.constexpr, DTYPE: tl.constexpr,
     CHUNK: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where a run begins in chunk c and goes on in c + 1, ...: its sum from the pieces, [c, 1], [c + 1, 0], ..."""
@@ -148,10 +159,13 @@ def _join_kernel(
                 at += TERMS
                 more = tl.sum(valid.to(tl.int32), 0) == TERMS
             to = tl.load(rank + border) if rank is not None else mine.to(tl.int64)
-            if weight_grad is not None:
-                tl.store(weight_grad + to * columns + d, row.to(weight_grad.dtype.element_ty), mask=d < columns)
-            if bias_grad is not None:
-                tl.store(bias_grad + to, bias.to(bias_grad.dtype.element_ty), mask=tl.program_id(1) == 0)
+            if table is not None:
+                write(table, to, d, d < columns, row, columns, lr, alpha, beta, eps, RULE)
+            if bias_table is not None:
+                one = tl.zeros((1,), tl.int64)
+                inside = (one == 0) & (tl.program_id(1) == 0)
+                write(bias_table, to, one, inside, one.to(DTYPE) + bias, 1, bias_lr, bias_alpha, bias_beta, bias_eps,
+                       RULE)  # fmt: skip
 
 
 # --- Launch
@@ -198,40 +212,54 @@ def backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sp
     if not grad.numel() or not rows:
         # K = 0: the ids occur, with gradients of 0; that is the reference's to say.
         return op.reference_backward(*given) if sparse else (weight_grad, bias_grad, occurring)
-    ids, other_ids, grad = ids.reshape(-1).contiguous(), other_ids.contiguous(), grad.contiguous()
-    key = torch.empty(n, dtype=torch.int32 if rows < 2**31 else torch.int64, device=ids.device)
-    _key_kernel[(triton.cdiv(n, 1024),)](key, ids, n, rows, padding, BLOCK=1024)
-    key, order = key.sort(stable=True)
+    key, order = sorted_ids(ids, rows, padding)
     rank = None
     if sparse:
         rank = torch.zeros(n, dtype=torch.int64, device=ids.device)
         torch.cumsum(key[1:] != key[:-1], 0, out=rank[1:])
-    outputs = (weight_grad if weight else None, bias_grad if bias else None)
-    multiplicity = (grad.numel() // n, grad.numel() // other_ids.numel())
-    _sum_runs(outputs, occurring if sparse else None, key, order, rank, (grad, other_ids, other_weight), rows,
-              multiplicity)  # fmt: skip
+    outputs = tuple((x, x.stride(0), None, None) if wanted else None
+                    for x, wanted in ((weight_grad, weight), (bias_grad, bias)))  # fmt: skip
+    terms = (grad, other_ids, other_weight, len(other_weight))
+    sum_runs(outputs, occurring if sparse else None, key, order, rank, terms, rows)
     if not sparse:
         return weight_grad, bias_grad, occurring
     count = (rank[-1] + (key[-1] < rows)).item()
     return tuple(x[:count] for x in (weight_grad, bias_grad, occurring))
 
 
-def _sum_runs(outputs, occurring, key, order, rank, terms, rows, multiplicity):
-    """_sum_kernel and, where a run may be longer than a chunk, _join_kernel."""
-    _, _, other_weight = terms
-    n, columns = len(key), other_weight.shape[1]
+def sorted_ids(ids, rows, padding):
+    """The ids as keys, increasing, and where each was."""
+    ids = ids.reshape(-1).contiguous()
+    key = torch.empty(len(ids), dtype=torch.int32 if rows < 2**31 else torch.int64, device=ids.device)
+    _key_kernel[(triton.cdiv(len(ids), 1024),)](key, ids, len(ids), rows, padding, BLOCK=1024)
+    return key.sort(stable=True)
+
+
+def sum_runs(outputs, occurring, key, order, rank, terms, rows, rule="", numbers=(0.0,) * 8, in_order=False):
+    """_sum_kernel and, where a run may be longer than a chunk, _join_kernel.
+
+    Args:
+        outputs: what `write` takes for the table and for its bias, or None.
+        terms: (upstream gradient, other ids, the rows that they name, or `in_order` one row for each, how many ids are
+            good).
+        rule, numbers: the optimizer's step to take instead of writing gradients.
+    """
+    grad, other_ids, other_weight, others = terms
+    n, columns, per_id = len(key), other_weight.shape[1], grad.numel() // len(key)
     dtype = _dtype(other_weight)
-    block = min(bucket(columns), 256)
+    block = bucket(columns) if rule == "rowwise_adagrad" else min(bucket(columns), 256)
     blocks = max(1, triton.cdiv(columns, block))
     # A chunk gives one program some 128 terms to add; many chunks would make _join's sum the long one.
-    chunk = max(128 // bucket(multiplicity[0]), 1, bucket(n) // 4096)
+    chunk = max(128 // bucket(per_id), 1, bucket(n) // 4096)
     chunks = triton.cdiv(n, chunk)
     work = torch.float64 if dtype == tl.float64 else torch.float32
     partial, bias_partial = (torch.empty(2 * chunks, x, dtype=work, device=key.device) for x in (columns, 1))
-    constants = {"DTYPE": dtype, "CHUNK": chunk, "BLOCK": block, "num_warps": 1 if block <= 64 else 2}
-    sizes = (n, rows, *multiplicity, len(other_weight), columns, *other_weight.stride())
-    given = (partial, bias_partial, occurring, key, order, rank, *terms, *sizes)
-    _sum_kernel[(n, blocks)](*outputs, *given, TERMS=8, **constants)
+    constants = {"RULE": rule, "DTYPE": dtype, "CHUNK": chunk, "BLOCK": block, "TERMS": max(1, min(8, 2048 // block))}
+    constants["num_warps"] = 1 if block <= 64 else 2 if block <= 256 else 8
+    sizes = (n, rows, per_id, grad.numel() // other_ids.numel(), others, columns, *other_weight.stride())
+    given = (partial, bias_partial, occurring, key, order, rank)
+    read = (grad.contiguous(), other_ids.contiguous(), other_weight)
+    _sum_kernel[(n, blocks)](*outputs, *given, *read, *sizes, *numbers, IN_ORDER=in_order, **constants)
     if chunks > 1:
         given = (partial, bias_partial, key, rank, n, rows, columns)
-        _join_kernel[(chunks - 1, blocks)](*outputs, *given, TERMS=8, **constants)
+        _join_kernel[(chunks - 1, blocks)](*outputs, *given, *numbers, **constants)

@@ -1,0 +1,118 @@
+"""What Triton makes of the kernels for GPUs that are not there: that it compiles them; spills, registers, shared memory
+and 16-byte accesses. With --full for the whole case table (minutes)."""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+
+TESTS = Path(__file__).parent
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # of a program
+WIDE = {"ld": ("ld.global.v4.b32", "ld.global.v2.b64", "cp.async.0x10", "_load_dwordx4"),
+        "st": ("st.global.v4.b32", "st.global.v2.b64", "_store_dwordx4")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kernels(request, tmp_path_factory) -> list[dict]:
+    """Every kernel on every target, as triton_compile.describe has it; two compile at a time."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    full = ["--full"] * request.config.getoption("--full")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "triton_compile.py"), *targets, *full],
+            env=environment, cwd=environment["TRITON_CACHE_DIR"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for targets in (("sm_80", "sm_100"), ("sm_90", "gfx942"))
+    ]  # fmt: skip
+    found = []
+    for process in processes:
+        out, errors = process.communicate(timeout=3000 if full else 300)
+        assert process.returncode == 0, errors[-4000:]
+        found += json.loads(out)
+    return found
+
+
+def name(kernel: dict) -> str:
+    return "{file}:{kernel} in {op} {setting}, tile {tile}, on {target}".format(**kernel)
+
+
+def test_every_kernel_compiles_for_every_target(kernels):
+    compiled = {(k["file"], k["kernel"], k["target"]) for k in kernels}
+    backend = Path(importlib.util.find_spec("pyfused.backends.triton").origin).parent
+    written = {
+        (path.stem, f.name)
+        for path in backend.glob("*.py")
+        for f in ast.parse(path.read_text()).body
+        if isinstance(f, ast.FunctionDef) and f.name.endswith("_kernel")
+    }
+    assert len(written) >= 7
+    assert compiled == {(*kernel, target) for kernel in written for target in SHARED_MEMORY}
+
+
+def test_nothing_spills_and_everything_can_be_launched(kernels):
+    """For a step more of occupancy ptxas may give up a few numbers of a product; never for want of registers."""
+    for k in kernels:
+        allowed = 16 if k["file"] == "conv2d" and k["registers"] <= 128 else 0
+        assert k["spilled"] <= allowed, f"{name(k)} spills: {k['spilled']} bytes, with {k['registers']} registers"
+        assert k["shared"] <= SHARED_MEMORY[k["target"]], f"{name(k)}: {k['shared']} bytes of shared memory"
+        assert k["target"] == "gfx942" or 32 * k["warps"] * k["registers"] <= 65536, name(k)
+
+
+HOT = {  # (file, kernel, how a setting begins): which accesses must be 16 bytes wide
+    ("cross_entropy", "_forward_kernel", "(64, 32768)"): "ld",
+    ("cross_entropy", "_backward_kernel", "(64, 32768)"): "ld st",
+    ("cross_entropy", "_forward_kernel", "(1024, 1000)"): "ld",
+    ("cross_entropy", "_backward_kernel", "(1024, 1000)"): "ld st",
+    ("cross_entropy", "_forward_kernel", "(65536, 16)"): "ld",
+    ("cross_entropy", "_backward_kernel", "(65536, 16)"): "ld st",
+    ("cross_entropy", "_forward_kernel", "(2, 21, 64, 64)"): "ld",
+    ("cross_entropy", "_backward_kernel", "(2, 21, 64, 64)"): "ld st",
+    ("cross_entropy", "_forward_kernel", "soft"): "ld",
+    ("cross_entropy", "_backward_kernel", "soft"): "ld st",
+    ("embedding_dot", "_forward_kernel", "64"): "ld",
+    ("embedding_dot", "_forward_kernel", "128"): "ld",
+    ("embedding_dot", "_sum_kernel", "64"): "ld",
+    ("embedding_dot", "_sum_kernel", "128"): "ld",
+    ("conv2d", "_forward_kernel", "64"): "ld st",
+    ("conv2d", "_forward_kernel", "strict"): "ld st",
+    ("conv2d", "_forward_kernel", "pooled"): "ld",
+    ("conv2d", "_backward_input_kernel", "64"): "ld",
+    ("conv2d", "_backward_input_kernel", "strict"): "ld",
+    ("conv2d", "_backward_input_kernel", "pooled"): "ld",
+    ("conv2d", "_backward_weight_kernel", "64"): "ld",
+    ("conv2d", "_backward_weight_kernel", "strict"): "ld",
+    ("conv2d", "_backward_weight_kernel", "pooled"): "ld",
+    ("conv2d", "_gradient_kernel", "grouped"): "ld st",
+    ("conv2d", "_pool_kernel", "overlapping"): "ld",
+}
+
+
+@pytest.mark.parametrize(("file", "kernel", "setting"), HOT)
+def test_hot_kernels_move_16_bytes_at_a_time(kernels, file, kernel, setting):
+    found = [
+        k
+        for k in kernels
+        if (k["file"], k["kernel"]) == (file, kernel) and k["setting"].startswith(setting + " ") and not k["tile"]
+    ]
+    assert len({k["target"] for k in found}) == len(SHARED_MEMORY)
+    for k in found:
+        for kind in HOT[file, kernel, setting].split():
+            assert any(a.endswith(WIDE[kind]) for a in k["accesses"]), f"{name(k)}: {k['accesses']}"
+
+
+def test_streaming_kernels_leave_room_for_enough_threads(kernels):
+    """To hide the memory's latency: a third of the threads that a multiprocessor of 64 K registers can hold."""
+    for k in kernels:
+        if k["file"] == "cross_entropy" and k["setting"].startswith("(64, 32768)") and k["target"] != "gfx942":
+            assert k["registers"] <= 96, f"{name(k)}: {k['registers']} registers"
