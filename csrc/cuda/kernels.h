@@ -27,7 +27,8 @@ using Stream = CUstream_st*;  // cudaStream_t
   K(embedding_dot_keys, (View keys, View ids, int64_t rows, int64_t padding, Stream stream))                           \
   K(embedding_dot_backward, (View weight_grad, View bias_grad, View occurring, View workspace, View grad, View keys,   \
                              View order, View ranks, View other_ids, View other_weight, int64_t rows, Stream stream))  \
-  K(gather_rows, (View out, View ids, View table, double factor, bool of_items, Stream stream))                        \
+  K(gather_rows, (View out, View ids, View table, double factor, Stream stream))                                       \
+  K(in_batch_ids, (View bad, View user, View item, int64_t users, int64_t items, bool report, Stream stream))          \
   K(mask_accidental_hits, (View scores, View item, int64_t first, Stream stream))
 
 namespace cuda {
