@@ -118,3 +118,19 @@ def test_cross_entropy_leaves_room_for_enough_threads(kernels, name):
         for k in kernels[source]:
             if k.name.startswith(f"{name}<false") and "double" not in k.name:
                 assert k.registers <= 64, f"{k.name} on sm_{k.architecture}: {k.registers} registers"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "stores"),
+    [
+        ("embedding_dot", "forward", False),
+        ("embedding_dot_backward", "sum_tiles", True),
+        ("embedding_dot_update", "sum_tiles", True),
+    ],
+)
+def test_aligned_embedding_rows_move_16_bytes_at_a_time(kernels, source, name, stores):
+    aligned = [k for k in of(kernels, source, name) if re.match(rf"{name}<\w+, true", k.name)]
+    assert aligned
+    for kernel in aligned:
+        assert accesses(kernel, "ld"), kernel.name
+        assert accesses(kernel, "st") or not stores or "Squares" in kernel.name, kernel.name
