@@ -356,6 +356,43 @@ def test_a_step_leaves_out_ids_out_of_range(cuda, rule):
         pyfused.check_errors()
 
 
+# --- First layers beyond the case table
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("op", ["conv2d_relu", "conv2d_relu_max_pool2d"])
+def test_direct_sums_in_any_order_of_threads(cuda, monkeypatch, op, layout):
+    """Few blocks, which take several tiles each; exactly: sums of small integers."""
+    monkeypatch.setattr(pyfused.backends.cuda.conv2d_direct, "_PARTS", 3)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (3, 2, 13, 37), generator=g).float().to(memory_format=layout)
+    given = [torch.randint(-2, 3, s, generator=g).float().requires_grad_() for s in ((37, 2, 3, 3), (37,))]
+
+    def run():
+        out = getattr(PF, op)(x, *given)
+        upstream = torch.randint(-2, 3, out.shape, generator=torch.Generator().manual_seed(1)).float()
+        return out, *torch.autograd.grad(out, given, upstream)
+
+    seen = []
+    for seed in (1, 2):
+        emulated.cuda_module().set_seed(seed)
+        seen.append(run())
+    with pyfused.use_backend("reference"):
+        seen.append(run())
+    for a, b, expected in zip(*seen, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, expected)
+
+
+def test_images_further_apart_than_32_bits(cuda):
+    x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 1, 6, 7), (2**31, 42, 7, 1))
+    x.copy_(torch.randn(2, 1, 6, 7))
+    w = torch.randn(5, 1, 3, 3, dtype=torch.float16, requires_grad=True)
+    seen = []
+    for given in (x, x.contiguous()):
+        out = PF.conv2d_relu(given, w)
+        seen.append((out, *torch.autograd.grad(out, w, torch.ones_like(out))))
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 def test_under_address_and_undefined_behaviour_sanitizers():
     """The same kernels once more, with the compilers' own checks instead of the emulation's."""

@@ -134,3 +134,18 @@ def test_aligned_embedding_rows_move_16_bytes_at_a_time(kernels, source, name, s
     for kernel in aligned:
         assert accesses(kernel, "ld"), kernel.name
         assert accesses(kernel, "st") or not stores or "Squares" in kernel.name, kernel.name
+
+
+def test_direct_convolution_reads_shared_memory_16_bytes_at_a_time(kernels):
+    for source, name in (("conv2d_direct", "forward"), ("conv2d_direct_backward", "sum_products")):
+        for kernel in of(kernels, source, name):
+            assert re.search(r"ld\.shared\.v4\.[bfu]32", kernel.ptx), kernel.name
+            assert kernel.registers <= 128, kernel.name
+
+
+def test_pooling_moves_16_bytes_at_a_time(kernels):
+    for name in ("pool", "unpool"):
+        vectors = [k for k in of(kernels, "conv2d_pool", f"{name}<") if not k.name.endswith(", 1>")]
+        assert len(vectors) == 4
+        for kernel in vectors:
+            assert accesses(kernel, "ld") and accesses(kernel, "st"), kernel.name

@@ -18,6 +18,13 @@ using Stream = CUstream_st*;             // cudaStream_t
 using Settings = std::array<double, 8>;  // of an optimizer: four numbers for a weight, four for its bias
 
 #define PYFUSED_CUDA_KERNELS(K)                                                                                        \
+  K(conv2d_direct, (View out, View code, View input, View weight, View bias, int64_t stride_h, int64_t stride_w,       \
+                    int64_t pad_h, int64_t pad_w, Stream stream))                                                      \
+  K(conv2d_direct_backward_weight, (View d_weight, View d_bias, View workspace, View grad, View saved, View input,     \
+                                    int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, Stream stream))  \
+  K(relu_max_pool2d,                                                                                                   \
+    (View out, View code, View activation, int64_t kh, int64_t kw, int64_t sh, int64_t sw, Stream stream))             \
+  K(relu_max_unpool2d, (View g, View grad, View code, int64_t kh, int64_t kw, int64_t sh, int64_t sw, Stream stream))  \
   K(cross_entropy,                                                                                                     \
     (View loss, View lse, View stats, View total, View workspace, View input, View target, View weight, int reduction, \
      int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Stream stream))                      \
