@@ -5,6 +5,7 @@
 
 namespace pyfused {
 namespace cuda {
+namespace {
 
 constexpr int kBlock = 256;
 constexpr int kChannels = 8;                     // output channels of a thread
@@ -115,5 +116,6 @@ inline Status sizes_of(Direct& d, const View& out, const View& input, const View
   return {};
 }
 
+}  // namespace
 }  // namespace cuda
 }  // namespace pyfused

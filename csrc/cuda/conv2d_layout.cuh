@@ -4,6 +4,7 @@
 
 namespace pyfused {
 namespace cuda {
+namespace {
 
 // A code is the place of a maximum in its pooling window, row by row; kDead: the maximum is 0, nothing flows back (DEAD
 // in pyfused/ops/conv2d_relu_max_pool2d.py).
@@ -48,5 +49,6 @@ struct Maximum {
   __device__ __forceinline__ uint8_t code() const { return static_cast<uint8_t>(best <= 0 ? kDead : place); }
 };
 
+}  // namespace
 }  // namespace cuda
 }  // namespace pyfused

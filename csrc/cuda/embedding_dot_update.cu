@@ -10,10 +10,10 @@
 //         the rows as they were: for the second of two tables the caller passes copies of the first's, gathered before.
 //         rowwise_adagrad on rows of several column slices sums twice: first the squares of each slice are left in
 //         `workspace_squares` and `add_squares` adds them to s; then the step uses s.
-// Traffic that of the sums (twice, there), and each row that occurs, and its state, read and written once.
-//         B = 65,536 pairs, D = 64, float32, uniform over 1e6 rows, one table: 17 MB gathered, 17 of ids, keys and
-//         positions, 34 of rows for SGD, 67 with Adagrad's state, 100 with Adam's: 16, 24 and 31 us at the 4.3 TB/s that
-//         an H200 copies. Not measured; at the end of a run the loads of row and state are waited for.
+// Traffic that of the sums (twice, there), and each row that occurs, and its state, read and written once. B = 65,536
+//         pairs, D = 64, float32, uniform over 1e6 rows, one table: 17 MB of the other's rows, 2 of ids, keys and
+//         positions, 33 for its own rows, 65 with Adagrad's state, 98 with Adam's: 12, 20 and 27 us at the 4.3 TB/s that
+//         an H200 copies; the sort not counted. Not measured; the loads at the end of a run are waited for.
 // Sums    and the step in float (double for double), state too; a 16-bit weight is rounded to nearest.
 // Edges   rows that no id names, padding rows, and their state stay as they are.
 #include "cuda/embedding_dot_runs.cuh"

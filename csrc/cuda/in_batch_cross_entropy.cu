@@ -4,10 +4,11 @@
 //   bad = one of user is not in [0, users) or one of item not in [0, items)
 //   scores[r, c] = -inf   where item[c] = item[first + r] and c ≠ first + r;   scores [R, B]: rows first to first + R - 1
 //
-// Tiles   ids: one block of 1024 threads, so that `bad` is written once. Hits: 256 columns by kRows rows to a block; a thread keeps its column's id and compares it with the rows' ids, which
-//         the block reads through shared memory.
-// Traffic 2 B ids, B / 512 loads one after the other. Hits: R B / kRows ids of 8 (4) bytes, from cache; of the scores only hits are written. R B comparisons: 8192 x 8192
-//         about 10 us on an H200, of which the products that make the scores take many times as much. Not measured.
+// Tiles   ids: one block of 1024 threads, so that `bad` is written once. Hits: 256 columns by kRows rows to a block; a
+//         thread keeps its column's id and compares it with the rows' ids, which the block reads through shared memory.
+// Traffic ids: 2 B ids of 8 (4) bytes, B / 512 loads one after the other. Hits: R B / kRows ids, from cache; of the scores
+//         only hits are written. R B comparisons: 8192 x 8192 about 10 us on an H200, of which the products that make the
+//         scores take many times as much. Not measured.
 // Edges   R or B = 0: nothing happens. What stood at a hit, NaN included, is gone.
 #include "cuda/embedding_dot.cuh"
 
