@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kRows = 64, kIdThreads = 1024;
 
-__global__ void __launch_bounds__(kIdThreads)
+__global__ void __launch_bounds__(kIdThreads, 1)
     check_ids(bool* bad, Ids user, Ids item, int64_t count, int64_t users, int64_t items, IndexError* index_error) {
   bool found = false;
   for (int64_t i = threadIdx.x; i < count; i += kIdThreads) {
