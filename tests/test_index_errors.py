@@ -14,28 +14,29 @@ REPORTING = ("cuda_cross_entropy", "cuda_embedding_dot", "cuda_in_batch_ids")
 
 @pytest.fixture
 def device(variant, monkeypatch):
-    """A device that is behind: what its kernels note is there only when pyfused.check_errors() looks."""
-    if variant == "cuda":
-        torch.cuda._sleep(50_000_000)  # about 25 ms
-    elif dispatch._forced == "cuda":  # an emulated kernel has run when the next one is called, which would raise
-        take, notes = _binary._C.cuda_check_errors, []
+    """A device that is behind: what its kernels note is there only when pyfused.check_errors() looks. Otherwise a CUDA
+    kernel raises for the one before it, if that has finished."""
+    take, notes = getattr(_binary._C, "cuda_check_errors", None), []
 
-        def late(run):
-            def call(*args):
-                run(*args)
-                try:
-                    take()
-                except IndexError as note:
-                    notes.append(note)
+    def late(run):
+        def call(*args):
+            run(*args)
+            if variant == "cuda":
+                torch.cuda.synchronize()
+            try:
+                take()
+            except IndexError as note:
+                notes.append(note)
 
-            return call
+        return call
 
-        def check_errors():
-            if notes:
-                first = notes[0]
-                notes.clear()
-                raise first
+    def check_errors():
+        if notes:
+            first = notes[0]
+            notes.clear()
+            raise first
 
+    if dispatch._forced == "cuda":
         for name in REPORTING:
             monkeypatch.setattr(_binary._C, name, late(getattr(_binary._C, name)))
         monkeypatch.setattr(_binary._C, "cuda_check_errors", check_errors)

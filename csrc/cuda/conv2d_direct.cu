@@ -157,7 +157,7 @@ Status conv2d_direct(View out, View code, View input, View weight, View bias, in
     using T = decltype(type);
     // As few equal chunks as have at most 64 channels and 24 KB of weights.
     int most = 64;
-    while (most > kChannels && (d.taps() + 1) * most * sizeof(float) > kSharedBytes / 2) most /= 2;
+    while (most > kChannels && (d.taps() + 1) * most * sizeof(float) > (24 << 10)) most /= 2;
     d.chunk = static_cast<int>(ceil_div(ceil_div(d.c_out, ceil_div(d.c_out, most)), kChannels)) * kChannels;
     int groups = 1;
     while (groups < 4 && groups * kChannels < d.chunk) groups *= 2;
