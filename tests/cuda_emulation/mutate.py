@@ -57,7 +57,8 @@ def run(mutation: Mutation) -> tuple[bool, str]:
         except subprocess.CalledProcessError:
             return False, "does not compile"
         which = f"((cuda-emulated and {mutation.tests}) or (test_cuda_emulation and not sanitizers and not planted))"
-        tests = [str(TESTS / name) for name in ("test_cuda_emulation.py", "test_forward.py", "test_backward.py")]
+        files = ("forward", "backward", "optim", "conv2d_relu", "cuda_emulation")
+        tests = [str(TESTS / f"test_{name}.py") for name in files]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-k", f"{which} and not float64", *tests]
         environment = {**os.environ, "PYFUSED_EMULATION": str(library)}
         try:

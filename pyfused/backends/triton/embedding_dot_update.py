@@ -15,7 +15,7 @@ from .embedding_dot import sorted_ids, sum_runs
 def cannot(grad, user, item, user_weight, item_weight, user_bias, item_bias, state, padding, needed, rule, settings):
     if rule == "rowwise_adagrad" and user_weight.shape[1] > 8192:
         return "a row has more than 8192 numbers: a program cannot hold it to sum its squares"
-    return op.no_step_in_place(user_weight, item_weight, state)
+    return op.cannot(grad, user, item, user_weight, item_weight, user_bias, item_bias, state)
 
 
 def _numbers(given) -> tuple[float, float, float, float]:
