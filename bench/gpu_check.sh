@@ -64,7 +64,9 @@ PYTHON
 }
 sanitize() { # TOOL
   cases cuda >cases.py
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 python cases.py
+  # The convolutions by our kernels, also where cuDNN's would be chosen.
+  export PYFUSED_CUDA_CONV=implicit_gemm PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 python cases.py
 }
 
 export -f machine build cases sanitize
@@ -73,8 +75,11 @@ stage machine 30 bash -c machine
 stage build 150 bash -c build
 gpu="cuda or triton or gpu"
 stage tests-gpu 150 python -m pytest -q -p no:cacheprovider -k "($gpu) and not emulat" "$root/tests"
+stage tests-gemm 40 env PYFUSED_CUDA_CONV=implicit_gemm python -m pytest -q -p no:cacheprovider \
+  -k "cuda and conv2d and not emulat" "$root/tests"
 stage memcheck 50 bash -c "sanitize memcheck"
 stage racecheck 50 bash -c "sanitize racecheck"
+stage conv-algorithms 30 python -m pyfused.bench.conv_algorithms conv_algorithms.csv
 stage bench 190 python -m pyfused.bench.gpu bench --minutes 3
 stage bench-no-compile 60 python -m pyfused.bench.gpu bench-no-compile --minutes 1 --no-compile
 stage tests-rest $((deadline - SECONDS)) python -m pytest -q -x -p no:cacheprovider -k "not ($gpu)" "$root/tests"

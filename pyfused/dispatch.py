@@ -26,10 +26,12 @@ def _never(*args) -> None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One op on one backend. `run` has the op's signature; `cannot(*args)` returns a reason or None."""
+    """One op on one backend. `run` has the op's signature; `cannot(*args)` returns a reason or None; `how(*args)` says
+    for `explain` by which of several algorithms, or None."""
 
     run: Callable
     cannot: Callable[..., str | None] = _never
+    how: Callable[..., str | None] = _never
 
 
 TABLE: dict[str, dict[str, Kernel]] = {}
@@ -37,11 +39,13 @@ TABLE: dict[str, dict[str, Kernel]] = {}
 UNAVAILABLE: dict[str, str] = {}
 
 
-def kernel(op: str, backend: str, cannot: Callable[..., str | None] = _never) -> Callable:
+def kernel(
+    op: str, backend: str, cannot: Callable[..., str | None] = _never, how: Callable[..., str | None] = _never
+) -> Callable:
     """Decorator: enter a function into the table as `backend`'s kernel for `op`."""
 
     def enter(run: Callable) -> Callable:
-        TABLE.setdefault(op, {})[backend] = Kernel(run, cannot)
+        TABLE.setdefault(op, {})[backend] = Kernel(run, cannot, how)
         return run
 
     return enter
@@ -108,7 +112,7 @@ def pick(op: str, args: tuple) -> Callable:
 
 
 def explain(op: str, *args) -> dict[str, str]:
-    """For each backend, "chosen", "can run this", or the reason why not.
+    """For each backend, "chosen" (with the algorithm, if it has several), "can run this", or the reason why not.
 
     Args:
         op: the name of a registered op, e.g. "cross_entropy" or "conv2d_relu_backward" (see `ops()`).
@@ -128,7 +132,8 @@ def explain(op: str, *args) -> dict[str, str]:
         order = (_forced,) if _forced else ORDER.get(_device_type(args), ("reference",))
         chosen = next((b for b in order if answer[b] == "can run this"), None)
         if chosen:
-            answer[chosen] = "chosen"
+            how = TABLE[op][chosen].how(*args)
+            answer[chosen] = f"chosen: {how}" if how else "chosen"
     return answer
 
 

@@ -16,6 +16,17 @@ namespace pyfused {
 using Stream = CUstream_st*;  // cudaStream_t
 
 #define PYFUSED_CUDA_KERNELS(K)                                                                                        \
+  K(conv2d_bias_relu, (View x, View bias, Stream stream))                                                              \
+  K(conv2d_relu_grad, (View g, View d_bias, View workspace, View grad, View output, Stream stream))                    \
+  K(conv2d_implicit_gemm,                                                                                              \
+    (View out, View code, View input, View weight, View bias, int stride_h, int stride_w, int padding_h,               \
+     int padding_w, int dilation_h, int dilation_w, bool exact, bool large, Stream stream))                            \
+  K(conv2d_implicit_gemm_backward_weight,                                                                              \
+    (View d_weight, View d_bias, View workspace, View grad, View saved, View input, int stride_h, int stride_w,        \
+     int padding_h, int padding_w, int dilation_h, int dilation_w, bool exact, bool large, Stream stream))             \
+  K(conv2d_implicit_gemm_backward_input,                                                                               \
+    (View d_input, View grad, View saved, View weight, int stride_h, int stride_w, int padding_h, int padding_w,       \
+     int dilation_h, int dilation_w, bool exact, bool large, Stream stream))                                           \
   K(cross_entropy,                                                                                                     \
     (View loss, View lse, View stats, View total, View workspace, View input, View target, View weight, int reduction, \
      int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Stream stream))                      \

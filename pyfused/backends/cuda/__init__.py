@@ -5,7 +5,7 @@ import torch
 from ... import _binary
 
 if _binary._C is not None:
-    from . import cross_entropy, embedding_dot, in_batch_cross_entropy, linear_cross_entropy  # noqa: F401
+    from . import conv2d_relu, cross_entropy, embedding_dot, in_batch_cross_entropy, linear_cross_entropy  # noqa: F401
 
 
 def unavailable() -> str | None:
