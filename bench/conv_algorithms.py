@@ -30,11 +30,11 @@ LAYERS = [  # input, output channels, kernel, stride; padding keeps the size
 ALGORITHMS = ("implicit_gemm", "cudnn")
 
 
-def measure(shape, c_out, kernel, stride, dtype) -> list[dict]:
+def measure(shape, c_out, kernel, stride, dtype, device="cuda") -> list[dict]:
     torch.manual_seed(0)
-    x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(c_out, shape[1], kernel, kernel, device="cuda", dtype=dtype) / (shape[1] * kernel**2) ** 0.5
-    w, bias = w.contiguous(memory_format=torch.channels_last), torch.randn(c_out, device="cuda", dtype=dtype)
+    x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(c_out, shape[1], kernel, kernel, device=device, dtype=dtype) / (shape[1] * kernel**2) ** 0.5
+    w, bias = w.contiguous(memory_format=torch.channels_last), torch.randn(c_out, device=device, dtype=dtype)
     options = ((stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
     out = torch.ops.pyfused.conv2d_relu(x, w, bias, *options)
     grad = torch.randn_like(out)

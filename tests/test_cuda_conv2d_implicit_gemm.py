@@ -207,16 +207,16 @@ def test_nothing_flows_back_through_what_relu_cleared(device, adapter):
 
 
 def test_offsets_beyond_32_bits(device, adapter):
-    """An image of 2^32 numbers, of which nine pixels are read; the rest is never touched and so, on the CPU, takes no
-    memory."""
+    """Images of almost 2^31 numbers, of which nine pixels are read; the rest is never touched and so, on the CPU, takes
+    no memory."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("needs 12 GB")
     like = {"dtype": torch.float16, "device": device, "memory_format": torch.channels_last}
-    x, out = torch.empty(1, 8, 16385, 32769, **like), torch.empty(1, 8, 3, 3, **like)
-    x[:, :, ::8192, ::16384] = integers(1, 8, 3, 3, dtype=torch.float16).to(device)
+    x, out = torch.empty(2, 8, 16383, 16384, **like), torch.empty(2, 8, 3, 3, **like)
+    x[:, :, ::8191, ::8191] = integers(2, 8, 3, 3, dtype=torch.float16).to(device)
     w = integers(8, 8, 1, 1, dtype=torch.float16, seed=1).to(device)
-    _binary._C.cuda_conv2d_implicit_gemm(out, None, x, w, None, 8192, 16384, 0, 0, 1, 1, False, False)
-    assert torch.equal(out, F.relu(F.conv2d(x[:, :, ::8192, ::16384].float(), w.float())).half())
+    _binary._C.cuda_conv2d_implicit_gemm(out, None, x, w, None, 8191, 8191, 0, 0, 1, 1, False, False)
+    assert torch.equal(out, F.relu(F.conv2d(x[:, :, ::8191, ::8191].float(), w.float())).half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -245,6 +245,7 @@ def test_passes_around_cudnn(device, adapter, monkeypatch, shape, c_out, dtype):
         ((8, 32, 56, 56), 64, 3, {"dtype": torch.float64}, "cudnn, .* no float64"),
         ((8, 32, 56, 56), 64, 3, {"dtype": torch.float32}, "cudnn, cuDNN's faster"),  # TF32 is off in the tests
         ((8, 32, 56, 56), 64, 3, {"stride": 5}, "cudnn, .* a launch for each"),
+        ((1, 8, 16384, 8192), 8, 3, {}, "cudnn, .* 2\\^30"),
     ],
 )
 def test_the_rule_and_how_explain_tells_it(device, adapter, monkeypatch, shape, c_out, kernel, options, expected):

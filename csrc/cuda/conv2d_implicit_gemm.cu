@@ -17,12 +17,14 @@
 //         and the thread that copied both clears what nothing flows back through before the block reads it.
 // Traffic M results of K channels from C: 2·M·K·C·R² flops; input, weight and result once through memory, and per tile
 //         of 128 x 128 and 64 bytes inside 16 KB from the second-level cache (masked: 24 KB) for 1 Mflop (16 bits),
-//         64 flops a byte: at 5.5 TB/s of an H100 that bounds it at 350 Tflop/s, a third of its peak. 32 x 56 x 56 x 64,
-//         3 x 3 to 64, bfloat16: 7.4 Gflop, 21 us; 26 MB, 9 us at 3 TB/s. Not measured.
+//         64 flops a byte: at 5.5 TB/s of an H100 that bounds it at 350 Tflop/s, a third of its peak; the 246 instructions
+//         of a warp for 32 mma (in sm_90's machine code) at 490. 32 x 56 x 56 x 64, 3 x 3 to 64, bfloat16: 7.4 Gflop,
+//         21 us; 26 MB, 9 us at 3 TB/s. Not measured.
 // Saves   the output, which is also the mask; pooled: a byte for each of its numbers.
 // Sums    in float, in the order of the inner dimension; see conv2d_implicit_gemm.cuh for how float is multiplied.
-// Edges   no images, no taps that meet a residue (those gradients are 0), NaN (stays, also through the mask). What lies
-//         outside the source counts as 0, so that an infinite weight gives NaN where it meets that.
+// Edges   an image has fewer than 2^31 numbers, a batch any. No images; no taps that meet a residue (those gradients are
+//         0); NaN (stays, also through the mask). What lies outside the source counts as 0, so that an infinite weight
+//         gives NaN where it meets that.
 #include "cuda/conv2d_implicit_gemm.cuh"
 
 namespace pyfused {
@@ -44,7 +46,8 @@ struct Convolution {
   Mask<T> mask;
   Axis h, w;
   int64_t results;  // rows of the product
-  int out_height, out_width, out_channels, channels, weight_taps, weight_width;
+  int out_height, out_width, out_channels, channels, weight_width;
+  int filter;  // numbers of the weight for one result channel
   int chunks;  // of a pixel of the source
   int column_tiles;
   Counter step;  // over (row of taps, tap in it, chunk)
@@ -166,13 +169,14 @@ __global__ void __launch_bounds__(Tile<LARGE>::threads) convolve(Convolution<T> 
     for (int i = 0; i < 2; ++i) {
       const int y = mine[i].y + dy, x = mine[i].x + dx, column = first_column + line + i * lines;
       const bool valid = inside && y >= 0 && y < p.h.source && x >= 0 && x < p.w.source;
-      const int64_t pixel = int64_t(y >> shift) * (p.w.source >> shift) + (x >> shift);
-      const int64_t at = valid ? mine[i].image + pixel * p.channels : 0;
-      copy_chunk<kWidth<T>>(to + slot[i], p.source + at, c, p.channels, valid, p.aligned);
-      p.mask.copy(to + 2 * bytes + slot[i], at, y % 2 * 2 + x % 2, c, p.channels, valid);
+      // Within an image in 32 bits: 64-bit products would take a tenth of all instructions.
+      const int64_t at =
+          valid ? mine[i].image + (((y >> shift) * (p.w.source >> shift) + (x >> shift)) * p.channels + c) : 0;
+      copy_chunk<kWidth<T>>(to + slot[i], p.source + at, p.channels - c, valid, p.aligned);
+      p.mask.copy(to + 2 * bytes + slot[i], at, y % 2 * 2 + x % 2, p.channels - c, valid);
       const bool has_weight = inside && column < p.out_channels;
-      const int64_t row = has_weight ? (int64_t(column) * p.weight_taps + tap) * p.channels : 0;
-      copy_chunk<kWidth<T>>(to + bytes + slot[i], p.weight + row, c, p.channels, has_weight, p.aligned);
+      const int64_t from = has_weight ? int64_t(column) * p.filter + (tap * p.channels + c) : 0;
+      copy_chunk<kWidth<T>>(to + bytes + slot[i], p.weight + from, p.channels - c, has_weight, p.aligned);
     }
     k.advance(p.step, p.chunks, p.w.taps);
   };
@@ -219,8 +223,8 @@ Status run(View out, View code, View source, View saved, View weight, View bias,
                               static_cast<int>(out.shape[3]),
                               static_cast<int>(out.shape[1]),
                               static_cast<int>(channels),
-                              static_cast<int>(weight.shape[2] * weight.shape[3]),
                               static_cast<int>(weight.shape[3]),
+                              static_cast<int>(weight.numel() / weight.shape[0]),
                               static_cast<int>(chunks),
                               static_cast<int>(ceil_div(out.shape[1], Size::size)),
                               Counter(kChunks, static_cast<int>(chunks), w.taps),

@@ -29,7 +29,7 @@ struct WeightGradient {
   Mask<T> mask;
   int images, height, width, channels, out_height, out_width, out_channels;  // out: the convolution's
   int taps, weight_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int chunks;                             // of a pixel of the input
+  int chunks, grad_image, input_image;    // of a pixel of the input; numbers of an image
   int64_t steps, steps_per_split, slice;  // of kInner pixels; numbers that a split writes
   Counter step;                           // kInner pixels over (image, row, column)
   bool with_bias, grad_aligned, input_aligned;
@@ -66,15 +66,18 @@ __global__ void __launch_bounds__(Tile<LARGE>::threads, LARGE && sizeof(T) == 2 
     unsigned char* const to = shared + buffer * buffer_bytes;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool exists = at[i].high < p.images;
-      const int64_t line = int64_t(at[i].high) * (p.out_height >> shift) + (at[i].middle >> shift);
-      const int64_t g = exists ? (line * (p.out_width >> shift) + (at[i].low >> shift)) * p.out_channels : 0;
-      copy_chunk<width>(to + slot[i], p.grad + g, k, p.out_channels, exists, p.grad_aligned);
-      p.mask.copy(to + 2 * bytes + slot[i], g, at[i].middle % 2 * 2 + at[i].low % 2, k, p.out_channels, exists);
+      // Within an image in 32 bits, as in the other kernel.
+      const bool exists = at[i].high < p.images, has_grad = exists && k < p.out_channels;
+      const int pixel = (at[i].middle >> shift) * (p.out_width >> shift) + (at[i].low >> shift);
+      const int64_t g = has_grad ? int64_t(at[i].high) * p.grad_image + (pixel * p.out_channels + k) : 0;
+      copy_chunk<width>(to + slot[i], p.grad + g, p.out_channels - k, has_grad, p.grad_aligned);
+      const int place = at[i].middle % 2 * 2 + at[i].low % 2;
+      p.mask.copy(to + 2 * bytes + slot[i], g, place, p.out_channels - k, has_grad);
       const int y = at[i].middle * p.stride_h + column.y, x = at[i].low * p.stride_w + column.x;
       const bool valid = exists && column.exists && y >= 0 && y < p.height && x >= 0 && x < p.width;
-      const int64_t source = valid ? ((int64_t(at[i].high) * p.height + y) * p.width + x) * p.channels : 0;
-      copy_chunk<width>(to + bytes + slot[i], p.input + source, column.channel, p.channels, valid, p.input_aligned);
+      const int64_t from =
+          valid ? int64_t(at[i].high) * p.input_image + ((y * p.width + x) * p.channels + column.channel) : 0;
+      copy_chunk<width>(to + bytes + slot[i], p.input + from, p.channels - column.channel, valid, p.input_aligned);
       at[i].advance(p.step, p.out_width, p.out_height);
     }
   };
@@ -214,6 +217,8 @@ Status conv2d_implicit_gemm_backward_weight(View d_weight, View d_bias, View wor
                            dilation_h,
                            dilation_w,
                            0,
+                           static_cast<int>(grad.numel() / max(grad.shape[0], int64_t(1))),
+                           static_cast<int>(input.numel() / max(input.shape[0], int64_t(1))),
                            0,
                            0,
                            workspace.shape[1],

@@ -7,23 +7,21 @@ namespace pyfused {
 namespace cuda {
 
 // --- Copying
-// Numbers [c, c + N) of a row of `count` numbers to shared memory; zeros where !valid or past the row's end. aligned: rows
-// are whole chunks of N numbers, at addresses that are multiples of their size.
+// N numbers, of which `left` are a pixel's own, to shared memory; zeros where !valid and in place of others. aligned: from
+// and left are multiples of N numbers.
 template <int N, class T>
-__device__ __forceinline__ void copy_chunk(unsigned char* to, const T* row, int c, int count, bool valid,
-                                           bool aligned) {
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const T* from, int left, bool valid, bool aligned) {
   constexpr int bytes = N * sizeof(T);
   using Word = std::conditional_t<bytes == 16, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>>;
-  valid = valid && c < count;
   if (aligned) {
-    copy_async<bytes>(to, row + (valid ? c : 0), valid);
+    copy_async<bytes>(to, from, valid);
     return;
   }
   T numbers[N];
   memset(numbers, 0, bytes);
 #pragma unroll
   for (int i = 0; i < N; ++i)
-    if (valid && c + i < count) numbers[i] = row[c + i];
+    if (valid && i < left) numbers[i] = from[i];
   Word word;
   memcpy(&word, numbers, bytes);
   *reinterpret_cast<Word*>(to) = word;
@@ -60,12 +58,12 @@ struct Mask {  // both null: none
   bool aligned;
 
   __host__ __device__ __forceinline__ explicit operator bool() const { return output || code; }
-  // `at`: where the chunk's pixel is in grad; its place in the window, if there are windows.
-  __device__ __forceinline__ void copy(unsigned char* to, int64_t at, int place, int c, int count, bool valid) const {
+  // `at`: where the chunk is in grad; its pixel's place in the window, if there are windows.
+  __device__ __forceinline__ void copy(unsigned char* to, int64_t at, int place, int left, bool valid) const {
     if (output) {
-      copy_chunk<kWidth<T>>(to, output + at, c, count, valid, aligned);
+      copy_chunk<kWidth<T>>(to, output + at, left, valid, aligned);
     } else if (code) {
-      copy_chunk<kWidth<T>>(to, code + at, c, count, valid, aligned);
+      copy_chunk<kWidth<T>>(to, code + at, left, valid, aligned);
       *reinterpret_cast<int*>(to + 12) = place;
     }
   }
@@ -111,10 +109,9 @@ inline bool is_channels_last(const View& v) {
     if (v.shape[i] != 1 && v.strides[i] != expected[i]) return false;
   return true;
 }
-inline bool fits(const View& v) {  // sizes that kernels count in int
-  for (int i = 0; i < v.ndim; ++i)
-    if (v.shape[i] > INT32_MAX / 8) return false;
-  return true;
+// Within an image kernels count in 32 bits.
+inline bool fits(const View& v) {
+  return v.shape[0] < INT32_MAX / 8 && v.numel() / max(v.shape[0], int64_t(1)) < INT32_MAX;
 }
 // Pixels are whole chunks of kWidth<T> numbers, at addresses that are multiples of the chunks' size.
 template <class T>

@@ -30,12 +30,14 @@ FEW_PRODUCTS = 512  # for each number of the output
 
 
 # --- Choice
-def cannot_gemm(input, stride, groups) -> str | None:
+def cannot_gemm(input, weight, stride, groups) -> str | None:
     """Why the implicit GEMM cannot run this, or None."""
     if groups != 1:
         return "the implicit GEMM has no groups"
     if input.dtype == torch.float64:
         return "the implicit GEMM has no float64"
+    if max(weight.shape[:2]) * input.shape[2] * input.shape[3] >= 2**30:
+        return "the implicit GEMM takes images of fewer than 2^30 numbers"
     if stride[0] * stride[1] > 16:
         return "the implicit GEMM's input gradient takes a launch for each of stride x stride positions"
     return None
@@ -43,7 +45,7 @@ def cannot_gemm(input, stride, groups) -> str | None:
 
 def choose(input, weight, stride, groups, backward: bool) -> tuple[str, str]:
     """The algorithm by the rule above, and why."""
-    if reason := cannot_gemm(input, stride, groups):
+    if reason := cannot_gemm(input, weight, stride, groups):
         return "cudnn", reason
     if forced:
         return forced, "asked for"
@@ -222,7 +224,7 @@ def forward(*args):
         return out
 
     candidates = {"cudnn": lambda: _cudnn(*args, out)}
-    if not cannot_gemm(input, stride, groups):
+    if not cannot_gemm(input, weight, stride, groups):
         candidates["implicit_gemm"] = gemm
     rule, _ = choose(input, weight, stride, groups, backward=False)
     return _run(candidates, rule, *args)
@@ -232,7 +234,7 @@ def forward(*args):
 def backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
     options = (stride, padding, dilation)
     candidates = {"cudnn": lambda: _cudnn_backward(grad, input, weight, output, (*options, groups), needed)}
-    if not cannot_gemm(input, stride, groups):
+    if not cannot_gemm(input, weight, stride, groups):
         candidates["implicit_gemm"] = lambda: _gemm_backward(grad, input, weight, output, *options, needed)
     rule, _ = choose(input, weight, stride, groups, backward=True)
     return _run(candidates, rule, "backward", grad, input, weight, *options, groups, tuple(needed))
