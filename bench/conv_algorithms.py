@@ -44,11 +44,11 @@ def measure(shape, c_out, kernel, stride, dtype, device="cuda") -> list[dict]:
     }
     rows = []
     for direction, run in runs.items():
-        rule, _ = adapter.choose(x, w, options[0], 1, backward=direction == "backward")
+        rule, _ = adapter.choose(x, w, *options, backward=direction == "backward")
         flops = 2 * out.numel() * w[0].numel() * (1 if direction == "forward" else 2)
         row = {"layer": f"{shape} -> {c_out} k{kernel} s{stride}", "dtype": str(dtype)[6:], "direction": direction}
         for name in ALGORITHMS:
-            adapter.forced = name
+            adapter.forced = {"implicit_gemm": "own"}.get(name, name)
             seconds = min(adapter._seconds(run, 20) for _ in range(3))
             adapter.forced = None
             row |= {f"{name} ms": round(seconds * 1e3, 4), f"{name} Tflop/s": round(flops / seconds / 1e12, 1)}

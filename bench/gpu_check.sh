@@ -65,7 +65,7 @@ PYTHON
 sanitize() { # TOOL
   cases cuda >cases.py
   # The convolutions by our kernels, also where cuDNN's would be chosen.
-  export PYFUSED_CUDA_CONV=implicit_gemm PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  export PYFUSED_CUDA_CONV=own PYTORCH_NO_CUDA_MEMORY_CACHING=1
   compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 python cases.py
 }
 
@@ -75,7 +75,7 @@ stage machine 30 bash -c machine
 stage build 150 bash -c build
 gpu="cuda or triton or gpu"
 stage tests-gpu 150 python -m pytest -q -p no:cacheprovider -k "($gpu) and not emulat" "$root/tests"
-stage tests-gemm 40 env PYFUSED_CUDA_CONV=implicit_gemm python -m pytest -q -p no:cacheprovider \
+stage tests-gemm 40 env PYFUSED_CUDA_CONV=own python -m pytest -q -p no:cacheprovider \
   -k "cuda and conv2d and not emulat" "$root/tests"
 stage memcheck 50 bash -c "sanitize memcheck"
 stage racecheck 50 bash -c "sanitize racecheck"

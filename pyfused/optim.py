@@ -11,6 +11,7 @@ sparse tensor: repeated ids are summed first; rows that no id names, padding row
 
 Where they differ from an optimizer that runs after the backward: every backward is a step, so gradients do not
 accumulate over several of them and cannot be clipped or unscaled (no GradScaler), and the learning rate is read there.
+A CUDA graph repeats the numbers of the step that it captured: learning rate and Adam's bias correction stand still.
 State and arithmetic are float32 for float32, bfloat16 and float16 tables, and a 16-bit weight is rounded to nearest,
 which loses steps smaller than half a unit in its last place.
 """

@@ -34,7 +34,7 @@ def device(request):
 @pytest.fixture
 def adapter(device, monkeypatch):
     adapter = pyfused.backends.cuda.conv2d_relu
-    monkeypatch.setattr(adapter, "forced", "implicit_gemm")
+    monkeypatch.setattr(adapter, "forced", "own")
     return adapter
 
 
@@ -148,8 +148,8 @@ def test_2x2_pooling(device, adapter, monkeypatch, shape, c_out, dtype, large):
         exact = [t.double() for t in (grad, x, w)]
         expected += torch.ops.pyfused.conv2d_relu_max_pool2d_backward(*exact, expected[1], *args[3:], [True] * 3)
     results = [torch.empty_like(t) for t in expected[:2]]
-    adapter._gemm(*results, *args[:6])
-    results += adapter._gemm_backward(grad, x, w, results[1], *args[3:6], [True] * 3)
+    adapter.gemm(*results, *args[:6])
+    results += adapter.gemm_backward(grad, x, w, results[1], *args[3:6], [True] * 3)
     for got, truth in zip(results, expected, strict=True):
         assert torch.equal(got, truth.to(got.dtype))
 
@@ -274,6 +274,10 @@ def test_measured_choice(device, adapter, monkeypatch, faster):
     monkeypatch.setattr(adapter, "AUTOTUNE", True)
     monkeypatch.setattr(adapter, "_measured", {})
     monkeypatch.setattr(adapter, "_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_exact(problem(device, (1, 8, 5, 6), 8, (3, 3)))
+    assert not asked, "within a CUDA graph nothing can be measured"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
         check_exact(problem(device, (1, 8, 5, 6), 8, (3, 3)))
     assert len(asked) == 4 and set(adapter._measured.values()) == {faster}

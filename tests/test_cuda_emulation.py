@@ -1,5 +1,6 @@
 """The emulation of CUDA itself: each kind of bug is reported, a right kernel is not; and what needs the emulation."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -304,12 +305,100 @@ def test_hot_ids_in_both_stages(cuda, dim, terms):
         assert torch.equal(a, b) and torch.equal(a, expected)
 
 
+# --- embedding_dot with an optimizer
+RULES = {"sgd": (0, 1), "adagrad": (1, 2), "rowwise_adagrad": (1, 2), "adam": (2, 4)}  # state tensors, numbers
+
+
+def trained(rule, user, item, tables, grad, padding=(-1, -1)):
+    """Copies of the tables and their state after one step."""
+    tables, (states, numbers) = [t.clone() for t in tables], RULES[rule]
+    state = [torch.zeros(t.shape[:1] if rule == "rowwise_adagrad" else t.shape) for t in tables for _ in range(states)]
+    settings = [0.5, 0.25, 0.125, 1.0][:numbers] * len(tables)
+    given = (grad, user, item, *tables, state, list(padding), [True] * 4, rule, settings)
+    torch.ops.pyfused.embedding_dot_update(*given)
+    return [*tables, *state]
+
+
+@pytest.mark.parametrize("dim", [4, 33, 264])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_has_the_same_bits_in_any_order_of_threads(cuda, rule, dim):
+    """Runs within a group, a block and several blocks; the reference's step on the same numbers."""
+    g = torch.Generator().manual_seed(0)
+    user, item = torch.randint(8, (1500,), generator=g), torch.randint(7, (1500,), generator=g)
+    user[:1100] = 3
+    tables = [torch.randint(-4, 5, s, generator=g).float() for s in ((8, dim), (7, dim), (8,), (7,))]
+    grad = torch.randint(-4, 5, user.shape, generator=g).float()
+    seen = []
+    for seed in (1, 2):
+        emulated.cuda_module().set_seed(seed)
+        with Watch() as watch:
+            seen.append(trained(rule, user, item, tables, grad, padding=(2, 5)))
+        assert not watch.seen & WAITING
+    with pyfused.use_backend("reference"):
+        expected = trained(rule, user, item, tables, grad, padding=(2, 5))
+    for a, b, c in zip(*seen, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_leaves_out_ids_out_of_range(cuda, rule):
+    tables = [torch.randn(9, 8), torch.randn(9, 8), torch.randn(9), torch.randn(9)]
+    user, item, grad = torch.arange(6), torch.arange(6).flip(0) + 2, torch.randn(6)
+    user[1], item[4] = 9, -1
+    good = torch.tensor([True, False, True, True, False, True])
+    got = trained(rule, user, item, tables, grad)
+    with pyfused.use_backend("reference"):
+        expected = trained(rule, user[good], item[good], tables, grad[good])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with contextlib.suppress(IndexError):
+        pyfused.check_errors()
+
+
+# --- First layers beyond the case table
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("op", ["conv2d_relu", "conv2d_relu_max_pool2d"])
+def test_direct_sums_in_any_order_of_threads(cuda, monkeypatch, op, layout):
+    """Few blocks, which take several tiles each; exactly: sums of small integers."""
+    monkeypatch.setattr(pyfused.backends.cuda.conv2d_direct, "_PARTS", 3)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (3, 2, 13, 37), generator=g).float().to(memory_format=layout)
+    given = [torch.randint(-2, 3, s, generator=g).float().requires_grad_() for s in ((37, 2, 3, 3), (37,))]
+
+    def run():
+        out = getattr(PF, op)(x, *given)
+        upstream = torch.randint(-2, 3, out.shape, generator=torch.Generator().manual_seed(1)).float()
+        return out, *torch.autograd.grad(out, given, upstream)
+
+    seen = []
+    for seed in (1, 2):
+        emulated.cuda_module().set_seed(seed)
+        seen.append(run())
+    with pyfused.use_backend("reference"):
+        seen.append(run())
+    for a, b, expected in zip(*seen, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, expected)
+
+
+def test_images_further_apart_than_32_bits(cuda):
+    x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 1, 6, 7), (2**31, 42, 7, 1))
+    x.copy_(torch.randn(2, 1, 6, 7))
+    w = torch.randn(5, 1, 3, 3, dtype=torch.float16, requires_grad=True)
+    seen = []
+    for given in (x, x.contiguous()):
+        out = PF.conv2d_relu(given, w)
+        seen.append((out, *torch.autograd.grad(out, w, torch.ones_like(out))))
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 def test_under_address_and_undefined_behaviour_sanitizers():
     """The same kernels once more, with the compilers' own checks instead of the emulation's."""
     library = build.build("asan")
     script = """
-import sys, torch, emulated, pyfused, cases, accuracy
+import sys, torch, emulated, pyfused, cases, accuracy, test_optim
 from cuda_emulation import build
 module = build.load(sys.argv[1])
 with emulated.cuda_on_cpu(module), pyfused.use_backend("cuda"):
@@ -318,6 +407,9 @@ with emulated.cuda_on_cpu(module), pyfused.use_backend("cuda"):
         if "cuda" in table[case.op] and not emulated.too_large(case):
             for dtype in case.dtypes[::2]:
                 accuracy.gradients_of(accuracy.public(case.op), case.arguments(dtype), case.grad)
+    for optimizer, _, options in test_optim.RULES.values():
+        for shape in ("padding per user", "wide tail"):
+            test_optim.Setting(torch.float32, **test_optim.SHAPES[shape]).train(optimizer, options, fused=True)
 print("all cases ran")
 """
     # The package under test, which the current folder's might not be: a checkout has no compiled module.

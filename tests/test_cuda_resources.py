@@ -120,6 +120,37 @@ def test_cross_entropy_leaves_room_for_enough_threads(kernels, name):
                 assert k.registers <= 64, f"{k.name} on sm_{k.architecture}: {k.registers} registers"
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "stores"),
+    [
+        ("embedding_dot", "forward", False),
+        ("embedding_dot_backward", "sum_tiles", True),
+        ("embedding_dot_update", "sum_tiles", True),
+    ],
+)
+def test_aligned_embedding_rows_move_16_bytes_at_a_time(kernels, source, name, stores):
+    aligned = [k for k in of(kernels, source, name) if re.match(rf"{name}<\w+, true", k.name)]
+    assert aligned
+    for kernel in aligned:
+        assert accesses(kernel, "ld"), kernel.name
+        assert accesses(kernel, "st") or not stores or "Squares" in kernel.name, kernel.name
+
+
+def test_direct_convolution_reads_shared_memory_16_bytes_at_a_time(kernels):
+    for source, name in (("conv2d_direct", "forward"), ("conv2d_direct_backward", "sum_products")):
+        for kernel in of(kernels, source, name):
+            assert re.search(r"ld\.shared\.v4\.[bfu]32", kernel.ptx), kernel.name
+            assert kernel.registers <= 128, kernel.name
+
+
+def test_pooling_moves_16_bytes_at_a_time(kernels):
+    for name in ("pool", "unpool"):
+        vectors = [k for k in of(kernels, "conv2d_pool", f"{name}<") if not k.name.endswith(", 1>")]
+        assert len(vectors) == 4
+        for kernel in vectors:
+            assert accesses(kernel, "ld") and accesses(kernel, "st"), kernel.name
+
+
 GEMM = [
     ("conv2d_implicit_gemm", "convolve", "ldmatrix.sync.aligned.m8n8.x4.shared.b16"),
     ("conv2d_implicit_gemm_backward_weight", "backward_weight", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"),

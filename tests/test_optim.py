@@ -48,6 +48,8 @@ SHAPES = {
     "padding per user": dict(padding_idx=2, per_user=3, batch=60),
     "int32": dict(ids=torch.int32),
     "hot": dict(users=1, batch=1500, dim=9),
+    "wide": dict(dim=264, batch=60),
+    "wide tail": dict(dim=131, batch=60, per_user=2),
     "chunks": dict(users=5, items=700, batch=1100, dim=33),
     "no bias": dict(bias=False),
     "dim 1": dict(dim=1),
@@ -212,8 +214,8 @@ def test_training_goes_on_after_saving(rule, way, dtype):
 @pytest.mark.op("embedding_dot_update")
 @pytest.mark.parametrize("bad", [-1, 30])
 def test_ids_out_of_range_leave_everything_as_it_was(bad, device):
-    if device == "cuda":
-        pytest.skip("the GPU is not waited for")
+    if dispatch._forced == "cuda":
+        pytest.skip("a GPU is not waited for: its step leaves out the bad id")
     model = small("Adam")
     item = ITEM.clone()
     item[3] = bad

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 def test_case_table_in_the_interpreter():
-    files = [str(TESTS / name) for name in ("test_forward.py", "test_backward.py")]
+    files = [str(TESTS / name) for name in ("test_forward.py", "test_backward.py", "test_index_errors.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files],

@@ -3,9 +3,9 @@
 //   1. kernels are launched by `launch`, never by <<<>>>; it also turns a failed launch into a Status;
 //   2. dynamic shared memory is declared by PYFUSED_DYNAMIC_SHARED;
 //   3. inline PTX stands in ptx.cuh only, where each wrapper has an emulated twin.
-// Every warp intrinsic names the full warp and is reached by the full warp, every barrier by the full block: kernels
-// keep threads without work in the loop instead of returning early. Sums go in an order that depends on shapes and
-// strides alone: no floating-point atomics.
+// A warp intrinsic is reached by all the threads that it names: the full warp, or a group that took a branch together; a
+// barrier by the full block: kernels keep threads without work in the loop instead of returning early. Sums go in an
+// order that depends on shapes and strides alone: no floating-point atomics.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -73,27 +73,19 @@ __device__ __forceinline__ Row find_row(const Convolution<T>& p, int64_t i) {
           (x * scale + place % 2) * p.w.step + p.w.first};
 }
 
-constexpr int kDead = 255;  // the code of a maximum that is 0; DEAD in pyfused/ops/conv2d_relu_max_pool2d.py
-
-// The maxima of WIDTH channels over a window, four rows of the tile, into the first of them, and their codes. Of equal
-// numbers the first, of NaN the last, as in PyTorch.
+// The maxima of WIDTH channels over a window, four rows of the tile, into the first of them, and their codes.
 template <int WIDTH, int PITCH, class T>
 __device__ __forceinline__ void pool_window(T* window, uint8_t* code, int count, bool aligned) {
   using Word = std::conditional_t<WIDTH == 8, uint2, uint32_t>;
   uint8_t codes[WIDTH];
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) {
-    float best = to_compute(window[i]);
-    int place = 0;
+    Maximum<float> top;
+    top.begin(to_compute(window[i]));
 #pragma unroll
-    for (int j = 1; j < 4; ++j) {
-      const float x = to_compute(window[j * PITCH + i]);
-      const bool better = x > best || x != x;
-      best = better ? x : best;
-      place = better ? j : place;
-    }
-    window[i] = from_compute<T>(best);
-    codes[i] = best <= 0 ? kDead : place;
+    for (int j = 1; j < 4; ++j) top.meet(to_compute(window[j * PITCH + i]), j);
+    window[i] = from_compute<T>(top.best);
+    codes[i] = top.code();
   }
   if (aligned) {
     Word word;
@@ -116,7 +108,7 @@ __device__ __forceinline__ void store_tile(const Convolution<T>& p, const Sums<L
   for_each_pair<LARGE>(sums, [&](int row, int column, float x, float y) {
     x += bias[column];
     y += bias[column + 1];
-    const T numbers[2] = {from_compute<T>(p.relu && x < 0 ? 0 : x), from_compute<T>(p.relu && y < 0 ? 0 : y)};
+    const T numbers[2] = {from_compute<T>(p.relu ? relu(x) : x), from_compute<T>(p.relu ? relu(y) : y)};
     Pair pair;
     memcpy(&pair, numbers, sizeof pair);
     *reinterpret_cast<Pair*>(tile + row * pitch + column) = pair;
@@ -241,11 +233,11 @@ Status run(View out, View code, View source, View saved, View weight, View bias,
 }
 
 Status check(const View& out, const View& source, const View& weight) {
-  PYFUSED_REQUIRE(is_channels_last(out) && fits(out), "out", "must be (N, C, H, W) in channels_last without gaps");
-  PYFUSED_REQUIRE(is_channels_last(source) && fits(source) && source.shape[0] == out.shape[0], "source",
+  PYFUSED_REQUIRE(is_nhwc(out) && fits(out), "out", "must be (N, C, H, W) in channels_last without gaps");
+  PYFUSED_REQUIRE(is_nhwc(source) && fits(source) && source.shape[0] == out.shape[0], "source",
                   "must be (N, C, H, W) in channels_last without gaps");
   PYFUSED_REQUIRE(
-      is_channels_last(weight) && fits(weight) && weight.shape[0] == out.shape[1] && weight.shape[1] == source.shape[1],
+      is_nhwc(weight) && fits(weight) && weight.shape[0] == out.shape[1] && weight.shape[1] == source.shape[1],
       "weight", "must be (C_out, C_in, KH, KW) in channels_last, groups = 1");
   PYFUSED_REQUIRE(source.dtype == out.dtype && weight.dtype == out.dtype, "weight", "must share one dtype");
   PYFUSED_REQUIRE(weight.numel() > 0, "weight", "must not be empty");

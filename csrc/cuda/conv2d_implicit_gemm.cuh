@@ -13,6 +13,7 @@
 
 namespace pyfused {
 namespace cuda {
+namespace {
 
 constexpr int kStages = 3;
 constexpr int kChunks = 4;  // of the inner dimension at a time
@@ -196,5 +197,6 @@ Status for_products(DType dtype, bool exact, bool large, const Run& run) {
   }
 }
 
+}  // namespace
 }  // namespace cuda
 }  // namespace pyfused

@@ -165,9 +165,9 @@ Status add_up(const View& d_weight, const View& d_bias, const View& workspace, S
 
 Status check(const View& d_weight, const View& d_bias, const View& workspace, const View& grad, const View& saved,
              const View& input) {
-  PYFUSED_REQUIRE(is_channels_last(grad) && fits(grad), "grad", "must be (N, C, H, W) in channels_last without gaps");
+  PYFUSED_REQUIRE(is_nhwc(grad) && fits(grad), "grad", "must be (N, C, H, W) in channels_last without gaps");
   PYFUSED_REQUIRE(!saved || is_saved_with(saved, grad), "saved", "must be the output or codes, like grad");
-  PYFUSED_REQUIRE(is_channels_last(input) && fits(input) && input.shape[0] == grad.shape[0], "input",
+  PYFUSED_REQUIRE(is_nhwc(input) && fits(input) && input.shape[0] == grad.shape[0], "input",
                   "must be (N, C, H, W) in channels_last without gaps");
   PYFUSED_REQUIRE(d_weight.ndim == 4 && fits(d_weight) && d_weight.numel() > 0 && d_weight.shape[0] == grad.shape[1] &&
                       d_weight.shape[1] == input.shape[1],

@@ -1,10 +1,11 @@
 // What implicit-GEMM convolutions read, in channels_last: chunks of a pixel's channels, on their way to shared memory; the
 // mask of the gradient; pixels and taps, which are counted without divisions.
 #pragma once
-#include "cuda/common.cuh"
+#include "cuda/conv2d_layout.cuh"
 
 namespace pyfused {
 namespace cuda {
+namespace {
 
 // --- Copying
 // N numbers, of which `left` are a pixel's own, to shared memory; zeros where !valid and in place of others. aligned: from
@@ -100,15 +101,6 @@ struct Counter {
 };
 
 // --- What launchers check
-// (N, C, H, W) in channels_last without gaps; dimensions of size 1 may have any stride.
-inline bool is_channels_last(const View& v) {
-  if (v.ndim != 4) return false;
-  if (v.numel() == 0) return true;
-  const int64_t expected[] = {v.shape[1] * v.shape[2] * v.shape[3], 1, v.shape[1] * v.shape[3], v.shape[1]};
-  for (int i = 0; i < 4; ++i)
-    if (v.shape[i] != 1 && v.strides[i] != expected[i]) return false;
-  return true;
-}
 // Within an image kernels count in 32 bits.
 inline bool fits(const View& v) {
   return v.shape[0] < INT32_MAX / 8 && v.numel() / max(v.shape[0], int64_t(1)) < INT32_MAX;
@@ -119,10 +111,7 @@ bool in_chunks(const View& v) {
   const int bytes = v.dtype == DType::u8 ? kWidth<T> : 16;
   return !v || (v.shape[1] % kWidth<T> == 0 && reinterpret_cast<uintptr_t>(v.data) % bytes == 0);
 }
-inline bool is_like(const View& v, const View& other) {
-  return is_channels_last(v) && v.numel() == other.numel() && v.shape[1] == other.shape[1] &&
-         v.shape[2] == other.shape[2];
-}
+inline bool is_like(const View& v, const View& other) { return is_nhwc(v) && same_shape(v, other); }
 inline bool is_code_of(const View& v, const View& pooled) { return v && v.dtype == DType::u8 && is_like(v, pooled); }
 inline bool is_saved_with(const View& v, const View& grad) {
   return is_code_of(v, grad) || (v.dtype == grad.dtype && is_like(v, grad));
@@ -133,5 +122,6 @@ Mask<T> mask_of(const View& saved) {
   return {saved && !codes ? saved.as<T>() : nullptr, codes ? saved.as<uint8_t>() : nullptr, in_chunks<T>(saved)};
 }
 
+}  // namespace
 }  // namespace cuda
 }  // namespace pyfused

@@ -5,6 +5,7 @@
 // A launcher runs on the tensors' device, which the caller has made current, checks what it is given, launches on
 // `stream` and returns; it never waits for the device, allocates nothing, and can be captured in a CUDA graph.
 #pragma once
+#include <array>
 #include <cstdint>
 
 #include "tensor_view.h"
@@ -13,7 +14,8 @@ struct CUstream_st;
 
 namespace pyfused {
 
-using Stream = CUstream_st*;  // cudaStream_t
+using Stream = CUstream_st*;             // cudaStream_t
+using Settings = std::array<double, 8>;  // of an optimizer: four numbers for a weight, four for its bias
 
 #define PYFUSED_CUDA_KERNELS(K)                                                                                        \
   K(conv2d_bias_relu, (View x, View bias, Stream stream))                                                              \
@@ -27,6 +29,13 @@ using Stream = CUstream_st*;  // cudaStream_t
   K(conv2d_implicit_gemm_backward_input,                                                                               \
     (View d_input, View grad, View saved, View weight, int stride_h, int stride_w, int padding_h, int padding_w,       \
      int dilation_h, int dilation_w, bool exact, bool large, Stream stream))                                           \
+  K(conv2d_direct, (View out, View code, View input, View weight, View bias, int64_t stride_h, int64_t stride_w,       \
+                    int64_t pad_h, int64_t pad_w, Stream stream))                                                      \
+  K(conv2d_direct_backward_weight, (View d_weight, View d_bias, View workspace, View grad, View saved, View input,     \
+                                    int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, Stream stream))  \
+  K(relu_max_pool2d,                                                                                                   \
+    (View out, View code, View activation, int64_t kh, int64_t kw, int64_t sh, int64_t sw, Stream stream))             \
+  K(relu_max_unpool2d, (View g, View grad, View code, int64_t kh, int64_t kw, int64_t sh, int64_t sw, Stream stream))  \
   K(cross_entropy,                                                                                                     \
     (View loss, View lse, View stats, View total, View workspace, View input, View target, View weight, int reduction, \
      int64_t ignore_index, double label_smoothing, double z_loss, double softcap, Stream stream))                      \
@@ -38,7 +47,12 @@ using Stream = CUstream_st*;  // cudaStream_t
   K(embedding_dot_keys, (View keys, View ids, int64_t rows, int64_t padding, Stream stream))                           \
   K(embedding_dot_backward, (View weight_grad, View bias_grad, View occurring, View workspace, View grad, View keys,   \
                              View order, View ranks, View other_ids, View other_weight, int64_t rows, Stream stream))  \
-  K(gather_rows, (View out, View ids, View table, double factor, bool of_items, Stream stream))                        \
+  K(embedding_dot_update,                                                                                              \
+    (View weight, View bias, View weight_s, View weight_t, View bias_s, View bias_t, View workspace,                   \
+     View workspace_squares, View grad, View keys, View order, View ranks, View other_ids, View other_weight,          \
+     View other_rows, Settings settings, int rule, int64_t rows, Stream stream))                                       \
+  K(gather_rows, (View out, View ids, View table, double factor, Stream stream))                                       \
+  K(in_batch_ids, (View bad, View user, View item, int64_t users, int64_t items, bool report, Stream stream))          \
   K(mask_accidental_hits, (View scores, View item, int64_t first, Stream stream))
 
 namespace cuda {

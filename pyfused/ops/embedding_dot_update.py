@@ -95,6 +95,28 @@ def reference(
             s[rows] = values
 
 
+def cannot(grad, user, item, user_weight, item_weight, user_bias, item_bias, state, *rest) -> str | None:
+    """Why a kernel that changes the tables in place cannot take these; None if it can."""
+    for name, table in (("user_weight", user_weight), ("item_weight", item_weight)):
+        if table.stride(1) != 1 and table.shape[1] > 1:
+            return f"the rows of {name} have gaps between their numbers, so it cannot be changed in place"
+    if not all(s.is_contiguous() for s in state):
+        return "the optimizer's state is not contiguous"
+    return None
+
+
+def bias_column(bias):
+    """The bias as kernels change it in place: [rows], any distance between its numbers."""
+    return bias if bias is None or bias.dim() == 1 else bias[:, 0]
+
+
+def of_side(options, side):
+    """What kernels take for a weight and its bias: four state tensors, None where the rule has none, and 8 numbers."""
+    pair = (options[side], options[side + 2])
+    tensors = [tensor for given in pair for tensor in (*given[0], None, None)[:2]]
+    return tensors, [number for given in pair for number in (*given[1], 0.0, 0.0, 0.0, 0.0)[:4]]
+
+
 def check_ids(name: str, ids: torch.Tensor, weight: torch.Tensor) -> None:
     """As F.embedding would, but before anything is written."""
     if ids.numel() and (ids.min() < 0 or ids.max() >= len(weight)):

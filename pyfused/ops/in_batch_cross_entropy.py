@@ -56,7 +56,7 @@ _OPTIONS = "bool[4] needed, float scale, bool mask_accidental_hits, int reductio
 Mask = Callable[[torch.Tensor, int], None]  # (scores of some rows, the first row's number): masks their accidental hits
 
 
-def _gather(table, ids, factor, of_items):
+def _gather(table, ids, factor):
     rows = table.index_select(0, ids).to(arithmetic_dtype(table))
     return rows if factor == 1 else rows * factor
 
@@ -64,10 +64,10 @@ def _gather(table, ids, factor, of_items):
 def _linear_layer(gather, user, item, user_weight, item_weight, item_bias, log_q, scale):
     """(input, weight, bias) of the linear layer whose logits are the scores. gather: as `_gather`, of some backend."""
     dtype = arithmetic_dtype(user_weight)
-    bias = None if item_bias is None else gather(item_bias.unsqueeze(1), item, 1.0, True).squeeze(1).to(dtype)
+    bias = None if item_bias is None else gather(item_bias.unsqueeze(1), item, 1.0).squeeze(1).to(dtype)
     if log_q is not None:
         bias = -log_q.to(dtype) if bias is None else bias - log_q.to(dtype)
-    return gather(user_weight, user, scale, False), gather(item_weight, item, 1.0, True), bias
+    return gather(user_weight, user, scale), gather(item_weight, item, 1.0), bias
 
 
 def _row_needs(needed):

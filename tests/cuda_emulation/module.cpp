@@ -1,5 +1,7 @@
 // The Python module of the emulation: the launchers of csrc/cuda/kernels.h under the names that pyfused._C gives them,
 // for CPU tensors. Each call tells the checker which memory the kernels may touch, and raises what it has found.
+#include <pybind11/stl.h>
+
 #include <sstream>
 #include <tuple>
 #include <utility>

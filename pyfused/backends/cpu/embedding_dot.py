@@ -31,20 +31,11 @@ def backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sp
     return tuple(x[: count.item()] for x in outputs) if sparse else outputs
 
 
-def _cannot_update(grad, user, item, user_weight, item_weight, user_bias, item_bias, state, *rest):
-    for name, table in (("user_weight", user_weight), ("item_weight", item_weight)):
-        if table.stride(1) != 1 and table.shape[1] > 1:
-            return f"the rows of {name} have gaps between their numbers, so it cannot be changed in place"
-    if not all(s.is_contiguous() for s in state):
-        return "the optimizer's state is not contiguous"
-    return None
-
-
-@kernel("embedding_dot_update", "cpu", _cannot_update)
+@kernel("embedding_dot_update", "cpu", update_op.cannot)
 def update(grad, user, item, user_weight, item_weight, user_bias, item_bias, state, padding, needed, rule, settings):
     ids, grad, threads = (user.contiguous(), item.contiguous()), grad.contiguous(), torch.get_num_threads()
     weights = (user_weight, item_weight)
-    biases = tuple(bias if bias is None or bias.dim() == 1 else bias[:, 0] for bias in (user_bias, item_bias))
+    biases = (update_op.bias_column(user_bias), update_op.bias_column(item_bias))
     options = update_op.per_table(rule, state, settings, needed)
     before = slots = None
     if needed[0] and needed[1]:
@@ -56,11 +47,10 @@ def update(grad, user, item, user_weight, item_weight, user_bias, item_bias, sta
     for side in (0, 1):
         if not needed[side] and not needed[side + 2]:
             continue
-        pair = (options[side], options[side + 2])
-        tensors = [tensor for given in pair for tensor in (*given[0], None, None)[:2]]
-        numbers = torch.tensor([(*given[1], 0.0, 0.0, 0.0, 0.0)[:4] for given in pair], dtype=torch.float64)
+        tensors, numbers = update_op.of_side(options, side)
         _C.embedding_dot_update(
             weights[side] if needed[side] else None, biases[side] if needed[side + 2] else None, *tensors,
-            *((before, slots) if side == 0 else (None, None)), grad, ids[side], *others[side], numbers,
-            list(update_op.RULES).index(rule), weights[side].shape[0], padding[side], threads,
+            *((before, slots) if side == 0 else (None, None)), grad, ids[side], *others[side],
+            torch.tensor(numbers, dtype=torch.float64), list(update_op.RULES).index(rule), weights[side].shape[0],
+            padding[side], threads,
         )  # fmt: skip

@@ -5,7 +5,14 @@ import torch
 from ... import _binary
 
 if _binary._C is not None:
-    from . import conv2d_relu, cross_entropy, embedding_dot, in_batch_cross_entropy, linear_cross_entropy  # noqa: F401
+    from . import (  # noqa: F401
+        conv2d_relu,
+        conv2d_relu_max_pool2d,
+        cross_entropy,
+        embedding_dot,
+        in_batch_cross_entropy,
+        linear_cross_entropy,
+    )
 
 
 def unavailable() -> str | None:

@@ -1,15 +1,16 @@
-"""conv2d_relu on CUDA, by one of two algorithms.
+"""conv2d_relu on CUDA, by one of three algorithms.
 
+direct         conv2d_direct.py: first layers.
 implicit_gemm  csrc/cuda/conv2d_implicit_gemm*.cu: tensor cores, channels_last, bias and ReLU inside, in backward the
                ReLU's mask and the bias gradient.
 cudnn          PyTorch's convolution in the layout given. Where that is channels_last, bias and ReLU are one pass after
                it, the mask and the bias gradient one pass before its gradients: csrc/cuda/conv2d_epilogue.cu.
 
-No GPU has measured either. The rule, see `choose`, is an estimate for an H100: cuDNN at 600 Tflop/s in 16 bits and ours
-at 350, which is what the second-level cache can feed, make a product 2.4 fs dearer. Forward, ours saves the pass that
-reads and writes the output, in 16 bits 4 bytes a number, 1.3 ps at 3 TB/s: worth it up to some 500 products a number.
-Backward, ours saves one pass of five for twice the products: cuDNN. PYFUSED_AUTOTUNE=1 measures instead, once for each
-sizes and dtype.
+No GPU has measured them. The rule, see `choose`: the direct kernels where they can run. Between the others an estimate
+for an H100: cuDNN at 600 Tflop/s in 16 bits and ours at 350, which is what the second-level cache can feed, make a
+product 2.4 fs dearer. Forward, ours saves the pass that reads and writes the output, in 16 bits 4 bytes a number, 1.3
+ps at 3 TB/s: worth it up to some 500 products a number, pooled twice as many. Backward, ours saves one pass of five for
+twice the products: cuDNN. PYFUSED_AUTOTUNE=1 measures these two instead, once for each sizes and dtype.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import torch
 from ... import _C
 from ...dispatch import kernel
 from ...ops import conv2d_relu as op
+from . import conv2d_direct as direct
 
-# An algorithm to use wherever it can run; for tests and benchmarks.
+# "own": never cuDNN where a kernel of ours can run; "cudnn": always; for tests and benchmarks.
 forced: str | None = os.environ.get("PYFUSED_CUDA_CONV") or None
 AUTOTUNE = os.environ.get("PYFUSED_AUTOTUNE", "0") == "1"
 FEW_PRODUCTS = 512  # for each number of the output
@@ -43,27 +45,31 @@ def cannot_gemm(input, weight, stride, groups) -> str | None:
     return None
 
 
-def choose(input, weight, stride, groups, backward: bool) -> tuple[str, str]:
+def choose(input, weight, stride, padding, dilation, groups, *, backward=False, pooled=False) -> tuple[str, str]:
     """The algorithm by the rule above, and why."""
+    if forced == "cudnn":
+        return "cudnn", "asked for"
+    if direct.cannot(input, weight, stride, padding, dilation, groups) is None:
+        return "direct", "few input channels"
     if reason := cannot_gemm(input, weight, stride, groups):
         return "cudnn", reason
-    if forced:
-        return forced, "asked for"
+    if forced == "own":
+        return "implicit_gemm", "asked for"
     if backward:
         return "cudnn", "the implicit GEMM would save one pass of five"
     if op.memory_format(input, weight) != torch.channels_last:
         return "cudnn", "the implicit GEMM would have to convert to channels_last"
-    if weight[0].numel() > FEW_PRODUCTS or _exact(input):
+    if weight[0].numel() > FEW_PRODUCTS * (2 if pooled else 1) or _exact(input):
         return "cudnn", "cuDNN's faster arithmetic outweighs the passes that the implicit GEMM would save"
-    return "implicit_gemm", "few products for each number of the output, of which it saves two passes"
+    return "implicit_gemm", "few products for each number of the output, over which it saves passes"
 
 
 _measured: dict[Hashable, str] = {}
 
 
-def _run(candidates: dict[str, Callable], rule: str, *key):
-    """The result of the algorithm that is faster, by measurement or, within a CUDA graph, by the rule."""
-    if AUTOTUNE and not forced and len(candidates) > 1:
+def run(candidates: dict[str, Callable], rule: str, *key):
+    """The result of the candidate that the rule names or, if candidates are to be measured, of the fastest."""
+    if AUTOTUNE and not forced and rule != "direct" and len(candidates) > 1:
         key += (torch.backends.cudnn.conv.fp32_precision,)
         key = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in key)
         if key not in _measured and not torch.cuda.is_current_stream_capturing():
@@ -117,7 +123,7 @@ def _written(x: torch.Tensor) -> torch.Tensor:
     return x if _is_channels_last(x) else torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _gemm(out, code, input, weight, bias, stride, padding, dilation):
+def gemm(out, code, input, weight, bias, stride, padding, dilation):
     """Fills `out`; with code, which is filled too, it is pooled by 2x2 windows."""
     written = [None if x is None else _written(x) for x in (out, code)]
     given = (_channels_last(input), _channels_last(weight), None if bias is None else bias.contiguous())
@@ -128,7 +134,7 @@ def _gemm(out, code, input, weight, bias, stride, padding, dilation):
             x.copy_(result)
 
 
-def _gemm_backward(grad, input, weight, saved, stride, padding, dilation, needed):
+def gemm_backward(grad, input, weight, saved, stride, padding, dilation, needed):
     """saved: the output, the codes of 2x2 pooling, or None: grad is masked already."""
     grads = d_input, d_weight, d_bias = op.alloc_grads(input, weight, needed)
     grad, saved = _channels_last(grad), None if saved is None else _channels_last(saved)
@@ -152,7 +158,7 @@ def _weight_workspace(weight, pixels) -> tuple[torch.Tensor, bool]:
     """For each split of the pixels a gradient of weight and bias; and whether tiles are large."""
     rows, columns = weight.shape[0], weight[0].numel()
     most = max(1, pixels * weight.itemsize // (32 * INNER))  # splits of 32 steps
-    large = _large(rows, columns, most)
+    large = not _exact(weight) and _large(rows, columns, most)
     splits = _splits(rows, columns, most, large)
     return weight.new_empty(splits, rows * (columns + 1), dtype=torch.float32), large
 
@@ -205,36 +211,45 @@ def _cudnn_backward(grad, input, weight, output, options, needed):
 
 # --- The registered ops
 def _how(*args) -> str:
-    input, weight, _, stride, _, _, groups = args
-    return ", ".join(choose(input, weight, stride, groups, backward=False))
+    return ", ".join(choose(*args[:2], *args[3:]))
 
 
 def _how_backward(*args) -> str:
-    _, input, weight, _, stride, _, _, groups, _ = args
-    return ", ".join(choose(input, weight, stride, groups, backward=True))
+    return ", ".join(choose(*args[1:3], *args[4:-1], backward=True))
 
 
 @kernel("conv2d_relu", "cuda", how=_how)
 def forward(*args):
-    input, weight, _, stride, _, _, groups = args
+    input, weight, bias, stride, padding, dilation, groups = args
     out = op.alloc(*args)
+    chosen, _ = choose(input, weight, stride, padding, dilation, groups)
 
-    def gemm():
-        _gemm(out, None, *args[:6])
+    def filled(run, *more):
+        run(out, None, input, weight, bias, stride, padding, *more)
         return out
 
     candidates = {"cudnn": lambda: _cudnn(*args, out)}
-    if not cannot_gemm(input, weight, stride, groups):
-        candidates["implicit_gemm"] = gemm
-    rule, _ = choose(input, weight, stride, groups, backward=False)
-    return _run(candidates, rule, *args)
+    if chosen == "direct":
+        candidates["direct"] = lambda: filled(direct.forward)
+    elif not cannot_gemm(input, weight, stride, groups):
+        candidates["implicit_gemm"] = lambda: filled(gemm, dilation)
+    return run(candidates, chosen, *args)
 
 
 @kernel("conv2d_relu_backward", "cuda", how=_how_backward)
 def backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
-    options = (stride, padding, dilation)
-    candidates = {"cudnn": lambda: _cudnn_backward(grad, input, weight, output, (*options, groups), needed)}
-    if not cannot_gemm(input, weight, stride, groups):
-        candidates["implicit_gemm"] = lambda: _gemm_backward(grad, input, weight, output, *options, needed)
-    rule, _ = choose(input, weight, stride, groups, backward=True)
-    return _run(candidates, rule, "backward", grad, input, weight, *options, groups, tuple(needed))
+    options = (stride, padding, dilation, groups)
+    chosen, _ = choose(input, weight, *options, backward=True)
+
+    def by_direct():
+        def masked():
+            return torch.ops.aten.threshold_backward(grad, output, 0)
+
+        return direct.backward(grad, output, input, weight, stride, padding, needed, masked)
+
+    candidates = {"cudnn": lambda: _cudnn_backward(grad, input, weight, output, options, needed)}
+    if chosen == "direct":
+        candidates["direct"] = by_direct
+    elif not cannot_gemm(input, weight, stride, groups):
+        candidates["implicit_gemm"] = lambda: gemm_backward(grad, input, weight, output, *options[:3], needed)
+    return run(candidates, chosen, "backward", grad, input, weight, *options, tuple(needed))

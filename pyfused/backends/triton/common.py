@@ -55,27 +55,33 @@ _index_errors: dict[torch.device, torch.Tensor] = {}
 
 
 def index_errors(device: torch.device) -> torch.Tensor:
-    """For each of ARGUMENTS 1 + the last position that held a label or an id out of range, 0 if none did."""
+    """The device's note of a label or an id out of range: 1 if there is one, then its argument's place in ARGUMENTS,
+    position, value and limit."""
     if device not in _index_errors:
-        _index_errors[device] = torch.zeros(len(ARGUMENTS), dtype=torch.int64, device=device)
+        _index_errors[device] = torch.zeros(5, dtype=torch.int64, device=device)
     return _index_errors[device]
 
 
 def check_errors() -> None:
-    """Raise IndexError for what was found since the last call. Waits for the devices."""
-    for device, errors in _index_errors.items():
-        found = errors.tolist()
+    """Raise IndexError for what was found since the last call, in the words of the other backends. Waits for the
+    devices."""
+    for errors in _index_errors.values():
+        found, argument, position, value, limit = errors.tolist()
         errors.zero_()
-        for name, position in zip(ARGUMENTS, found):
-            if position:
-                raise IndexError(
-                    f"{name} is out of bounds at position {position - 1} (of its flattened form), on {device}"
-                )
+        if found:
+            name = ARGUMENTS[argument]
+            raise IndexError(f"{name} {value} is out of bounds: {name}[{position}] must lie in [0, {limit})")
 
 
 @triton.jit
-def report_index_error(errors, ARGUMENT: tl.constexpr, position, bad):
-    tl.atomic_max(errors + ARGUMENT + tl.zeros(position.shape, tl.int32), position + 1, mask=bad, sem="relaxed")
+def report_index_error(errors, ARGUMENT: tl.constexpr, position, value, limit, bad):
+    """argument.flatten()[position] = value is not in [0, limit), where `bad`. The first to come writes."""
+    zeros = tl.zeros(bad.shape, tl.int64)
+    first = bad & (tl.atomic_max(errors + zeros, zeros + 1, mask=bad, sem="relaxed") == 0)
+    tl.store(errors + 1 + zeros, zeros + ARGUMENT, mask=first)
+    tl.store(errors + 2 + zeros, zeros + position, mask=first)
+    tl.store(errors + 3 + zeros, zeros + value, mask=first)
+    tl.store(errors + 4 + zeros, zeros + limit, mask=first)
 
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -134,7 +134,8 @@ def _forward_kernel(
         tl.store(loss + r, row_loss, mask=ok)
     tl.store(partial + 2 * pid, tl.sum(row_loss.to(tl.float64), 0))
     tl.store(partial + 2 * pid + 1, tl.sum(w.to(tl.float64), 0))
-    report_index_error(errors, TARGET, r, bad)
+    if not SOFT:
+        report_index_error(errors, TARGET, r, tl.load(target + r, mask=bad, other=0), classes, bad)
 
 
 @triton.jit

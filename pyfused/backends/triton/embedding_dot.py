@@ -37,8 +37,8 @@ def _forward_kernel(
     u = tl.load(user + n // per_user, mask=ok, other=0).to(tl.int64)
     i = tl.load(item + n, mask=ok, other=0).to(tl.int64)
     bad_u, bad_i = (u < 0) | (u >= users), (i < 0) | (i >= items)
-    report_index_error(errors, USER, n // per_user, ok & bad_u)
-    report_index_error(errors, ITEM, n, ok & bad_i)
+    report_index_error(errors, USER, n // per_user, u, users, ok & bad_u)
+    report_index_error(errors, ITEM, n, i, items, ok & bad_i)
     good = ok & ~bad_u & ~bad_i
     u, i = tl.where(good, u, 0), tl.where(good, i, 0)
     dot = tl.zeros((SCORES,), DTYPE)

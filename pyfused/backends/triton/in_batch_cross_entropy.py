@@ -27,13 +27,14 @@ def _mask_kernel(scores, item, first, rows, batch, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _check_kernel(safe, bad, ids, errors, n, rows, ARGUMENT: tl.constexpr, BLOCK: tl.constexpr):
+def _check_kernel(safe, bad, ids, errors, n, rows, ARGUMENT: tl.constexpr, REPORT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     id = tl.load(ids + i, mask=i < n, other=0)
     outside = (id < 0) | (id >= rows)
     tl.store(safe + i, tl.where(outside, 0, id), mask=i < n)
     tl.store(bad + i, outside.to(tl.int8), mask=i < n)
-    report_index_error(errors, ARGUMENT, i.to(tl.int64), outside & (i < n))
+    if REPORT:
+        report_index_error(errors, ARGUMENT, i, id, rows, outside & (i < n))
 
 
 def _chunk(table, batch):
@@ -51,14 +52,14 @@ def _mask(item):
     return mask
 
 
-def _checked(user, item, user_weight, item_weight):
-    """The ids with 0 for those out of range, and whether there are such."""
+def _checked(user, item, user_weight, item_weight, report):
+    """The ids with 0 for those out of range, and whether there are such. report: for check_errors."""
     bad = torch.empty(2, len(user), dtype=torch.int8, device=user.device)
     safe = []
     for i, (name, ids, table) in enumerate((("user", user, user_weight), ("item", item, item_weight))):
         safe.append(torch.empty_like(ids, memory_format=torch.contiguous_format))
         given = (safe[i], bad[i], ids.contiguous(), index_errors(ids.device), len(ids), len(table))
-        _check_kernel[(triton.cdiv(len(ids), 1024),)](*given, ARGUMENT=ARGUMENTS.index(name), BLOCK=1024)
+        _check_kernel[(triton.cdiv(len(ids), 1024),)](*given, ARGUMENT=ARGUMENTS.index(name), REPORT=report, BLOCK=1024)
     return *safe, bad.any()
 
 
@@ -70,15 +71,14 @@ def cannot(user, item, user_weight, item_weight, *args) -> str | None:
 
 @kernel("in_batch_cross_entropy", cannot)
 def forward(user, item, user_weight, item_weight, *rest):
-    user, item, bad = _checked(user, item, user_weight, item_weight)
+    user, item, bad = _checked(user, item, user_weight, item_weight, True)
     given = (user, item, user_weight, item_weight, *rest)
-    loss, stats, *grads = op.run_forward(_chunk(user_weight, len(user)), _mask(item), *given)
-    return loss.masked_fill_(bad, torch.nan), stats, *(g.masked_fill_(bad, 0) for g in grads)
+    loss, *saved = op.run_forward(_chunk(user_weight, len(user)), _mask(item), *given)
+    return loss.masked_fill_(bad, torch.nan), *saved
 
 
 @kernel("in_batch_cross_entropy_backward", lambda grad_loss, *args: cannot(*args))
 def backward(grad_loss, user, item, user_weight, item_weight, *rest):
-    user, item, bad = _checked(user, item, user_weight, item_weight)
-    given = (grad_loss, user, item, user_weight, item_weight, *rest)
-    grads = op.run_backward(_chunk(user_weight, len(user)), _mask(item), *given)
-    return tuple(g.masked_fill_(bad, 0) for g in grads)
+    user, item, bad = _checked(user, item, user_weight, item_weight, False)
+    given = (grad_loss.masked_fill(bad, 0), user, item, user_weight, item_weight, *rest)
+    return op.run_backward(_chunk(user_weight, len(user)), _mask(item), *given)
