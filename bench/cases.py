@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from .models import MnistStep, RecommenderStep
-from .workloads import Case, Conv, CrossEntropy, EmbeddingDot, LinearCrossEntropy
+from .workloads import Case, Conv, CrossEntropy, EmbeddingDot, InBatchCrossEntropy, LinearCrossEntropy
 
 BF16 = torch.bfloat16
 
@@ -28,6 +28,9 @@ FULL: list[Case] = [
     CrossEntropy(shape=(1024, 32000), why="a language model's vocabulary", memory=True),
     CrossEntropy(shape=(512, 128256), why="a large vocabulary: 263 MB of logits"),
     CrossEntropy(shape=(8192, 1000), why="ImageNet's classes: a row fits the nearest cache"),
+    CrossEntropy(shape=(8192, 100), why="CIFAR-100: rows of a few vectors"),
+    CrossEntropy(shape=(4096, 17), why="rows of little more than a vector"),
+    CrossEntropy(shape=(4096, 64), why="rows of a few vectors, a small batch"),
     CrossEntropy(shape=(65536, 10), why="few classes: several rows to a vector"),
     CrossEntropy(shape=(8, 21, 128, 128), why="segmentation: classes are strided"),
     CrossEntropy(shape=(1024, 32000), dtype=BF16, why="logits as mixed precision gives them"),
@@ -40,12 +43,17 @@ FULL: list[Case] = [
     EmbeddingDot(batch=65536, table_rows=100_000, zipf=True, why="a dense gradient larger than the batch"),
     EmbeddingDot(batch=65536, table_rows=10_000, why="small tables, dense gradient: many duplicates"),
     EmbeddingDot(batch=4096, candidates=64, table_rows=1_000_000, sparse=True, why="a user against negatives"),
+    InBatchCrossEntropy(batch=1024, why="a two-tower model's usual batch", memory=True),
+    InBatchCrossEntropy(batch=4096, why="the scores outgrow the cache", memory=True),
+    InBatchCrossEntropy(batch=8192, why="more negatives: 268 MB of scores in eager", memory=True),
     MnistStep(batch=32, why="small batches: call overhead counts"),
     MnistStep(batch=128, why="a common batch"),
     RecommenderStep(batch=1024, users=943, items=1682, dim=64, why="MovieLens-100K: tables fit a cache"),
-    RecommenderStep(
-        batch=65536, users=1_000_000, items=1_000_000, dim=64, sparse=True, why="a million rows: sparse gradients only"
-    ),
+    *[
+        RecommenderStep(batch=65536, users=rows, items=rows, dim=64, sparse=True, optimizer=optimizer, why=why)
+        for rows, why in [(1_000_000, "a million rows: sparse gradients only")]
+        for optimizer in ("SGD", "Adagrad", "Adam")
+    ],
 ]
 
 QUICK: list[Case] = [
@@ -65,6 +73,7 @@ QUICK: list[Case] = [
     EmbeddingDot(batch=8192, table_rows=50_000, sparse=True, zipf=True, why="coalesced sparse gradient"),
     EmbeddingDot(batch=8192, table_rows=2_000, why="dense gradient"),
     EmbeddingDot(batch=256, candidates=32, table_rows=50_000, sparse=True, why="one user against many items"),
+    InBatchCrossEntropy(batch=512, table_rows=2_000, why="a two-tower batch"),
     MnistStep(batch=32, why="the demo's network"),
     RecommenderStep(batch=1024, users=943, items=1682, dim=32, why="the demo's recommender"),
     RecommenderStep(batch=4096, users=20_000, items=20_000, dim=32, sparse=True, why="sparse gradients and SGD"),

@@ -183,6 +183,16 @@ def one_by_one_cases():
         yield "conv2d_1x1", f"2x45x27x29->70 {'NHWC' if last else 'NCHW'}", (y, x, Tensor(70, 45, 1, 1), Tensor(70), 1)
 
 
+def depthwise_cases():
+    for k, stride in ((3, 1), (5, 2)):
+        text, size = f"2x45x27x29 k{k} s{stride}", [(n + 2 * (k // 2) - k) // stride + 1 for n in (27, 29)]
+        x, grad_x = (Tensor(2, 45, 27, 29, last=True) for _ in range(2))
+        y, grad = (Tensor(2, 45, *size, last=True) for _ in range(2))
+        weight, bias, grads = Tensor(45, 1, k, k), Tensor(45), (grad_x, Tensor(45, 1, k, k), Tensor(45))
+        yield "conv2d_depthwise", text, (y, x, weight, bias, stride, k // 2, k // 2, 1)
+        yield "conv2d_depthwise_backward", text, (*grads, grad, y, x, weight, stride, k // 2, k // 2, 1)
+
+
 def epilogue_cases():
     n, c, h, w = 2, 45, 27, 29
     for last in (False, True):
@@ -217,6 +227,7 @@ def cases():
         direct_cases,
         winograd_cases,
         one_by_one_cases,
+        depthwise_cases,
         epilogue_cases,
         embedding_cases,
     ):

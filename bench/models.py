@@ -142,17 +142,18 @@ class EagerDot(nn.Module):
 
 
 class FbgemmDot(nn.Module):
-    """FBGEMM's table-batched embedding (bags of one row), whose backward steps with SGD, and a product in PyTorch."""
+    """FBGEMM's table-batched embedding (bags of one row), whose backward takes the step, and a product in PyTorch."""
 
-    def __init__(self, users: int, items: int, dim: int, lr: float) -> None:
+    def __init__(self, users: int, items: int, dim: int, optimizer: str, lr: float) -> None:
         super().__init__()
         from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
 
         self.tables = training.SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, EmbeddingLocation.HOST, training.ComputeDevice.CPU) for rows in (users, items)],
-            optimizer=training.OptimType.EXACT_SGD,
+            optimizer=training.OptimType[optimizer],
             learning_rate=lr,
+            eps=1e-10,  # torch.optim.Adagrad's
             bounds_check_mode=BoundsCheckMode.NONE,
         )
         self.user, self.item = self.tables.split_embedding_weights()
@@ -163,12 +164,18 @@ class FbgemmDot(nn.Module):
         return torch.mul(*rows.chunk(2, 1)).sum(-1)
 
 
+SPARSE_OPTIMIZERS = {  # torch's, which takes sparse gradients; ours; FBGEMM's on the CPU
+    "SGD": (torch.optim.SGD, pyfused.optim.SGD, "EXACT_SGD"),
+    "Adagrad": (torch.optim.Adagrad, pyfused.optim.Adagrad, "EXACT_ADAGRAD"),
+    "Adam": (torch.optim.SparseAdam, pyfused.optim.Adam, None),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecommenderStep(Case):
-    """Scores of user-item pairs and a squared error: dense tables with Adam, or large tables with sparse SGD.
+    """Scores of user-item pairs and a squared error: dense tables with Adam, or large tables with sparse gradients.
 
-    In the latter the learning rate is that of a sum over the batch, so that a step exceeds rounding, and "pyfused"
-    takes it in the backward.
+    In the latter "pyfused" takes the step in the backward; "pyfused sparse" gives torch's optimizer its gradients.
     """
 
     op: ClassVar[str] = "recommender"
@@ -177,10 +184,12 @@ class RecommenderStep(Case):
     items: int
     dim: int
     sparse: bool = False
+    optimizer: str = "SGD"  # of sparse gradients
 
     @property
     def name(self) -> str:
-        return f"batch {self.batch} of {self.users}x{self.items} D{self.dim}" + " sparse SGD" * self.sparse
+        extra = f" sparse {self.optimizer}" if self.sparse else ""
+        return f"batch {self.batch} of {self.users}x{self.items} D{self.dim}{extra}"
 
     @property
     def shape_text(self) -> str:
@@ -194,8 +203,9 @@ class RecommenderStep(Case):
         forward = Cost(2 * self.batch * (row + 8), 2 * self.batch * self.dim)
         if direction == "forward":
             return forward
-        # Backward gathers again. SGD updates those rows; Adam reads and writes every row, moment and gradient.
-        updated = 4 * self.batch * row if self.sparse else (self.users + self.items) * row * 8
+        # Backward gathers again. A sparse step updates those rows and their state, Adam every row, moment and gradient.
+        copies = {"SGD": 1, "Adagrad": 2, "Adam": 3}[self.optimizer]
+        updated = 4 * copies * self.batch * row if self.sparse else (self.users + self.items) * row * 8
         return Cost(2 * forward.bytes + updated, 3 * forward.flops)
 
     def _model(self, fused: bool) -> nn.Module:
@@ -210,7 +220,10 @@ class RecommenderStep(Case):
         user, item = (torch.randint(n, (self.batch,), device=device) for n in (self.users, self.items))
         rating = torch.randn(self.batch, device=device).to(self.dtype)
 
-        lr = 1e-3 * (self.batch if self.sparse else 1)
+        theirs, ours, fbgemms = SPARSE_OPTIMIZERS[self.optimizer]
+        lr = 1e-3
+        if self.sparse:  # SGD's is that of a sum over the batch: a step must exceed rounding
+            lr = 1e-3 * self.batch if self.optimizer == "SGD" else 1e-2
 
         def build(fused, compiled=False, in_backward=False):
             model = self._model(fused).to(device, self.dtype)
@@ -226,7 +239,7 @@ class RecommenderStep(Case):
             if not self.sparse:
                 optimizer = torch.optim.Adam(model.parameters(), lr)
                 return training_step(lambda: function(user, item, rating), model, optimizer)
-            optimizer = (pyfused.optim.SGD if in_backward else torch.optim.SGD)(model.parameters(), lr)
+            optimizer = (ours if in_backward else theirs)(model.parameters(), lr)
             model.optimizer = optimizer if in_backward else None
             return step_in_backward(lambda: function(user, item, rating), optimizer, lambda: rows_of(model))
 
@@ -234,7 +247,7 @@ class RecommenderStep(Case):
             return [model.user.weight.detach()[user], model.item.weight.detach()[item]]
 
         def fbgemm():
-            model = FbgemmDot(self.users, self.items, self.dim, lr)
+            model = FbgemmDot(self.users, self.items, self.dim, fbgemms, lr)
             model.user.copy_(template.user.weight.detach())
             model.item.copy_(template.item.weight.detach())
 
@@ -250,6 +263,6 @@ class RecommenderStep(Case):
         }
         if not self.sparse or direction == "forward":
             return found
-        if importlib.util.find_spec("fbgemm_gpu") and device.type == "cpu" and self.dtype == torch.float32:
+        if fbgemms and importlib.util.find_spec("fbgemm_gpu") and device.type == "cpu" and self.dtype == torch.float32:
             found["FBGEMM"] = fbgemm
         return {**found, "pyfused sparse": lambda: build(True)}

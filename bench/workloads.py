@@ -21,6 +21,7 @@ from torch import nn
 
 import pyfused.functional as PF
 import pyfused.nn as pnn
+from pyfused.ops.in_batch_cross_entropy import reference as in_batch_reference
 
 from .harness import Contender, step
 from .peers import PEERS
@@ -300,4 +301,54 @@ class EmbeddingDot(Case):
             **({"eager bmm": lambda: contender(bmm)} if self.candidates else {}),
             "compile": lambda: contender(torch.compile(eager)),
             "pyfused": lambda: contender(fused),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchCrossEntropy(Case):
+    """Softmax loss of `batch` (user, item) pairs against each other's items, accidental hits masked."""
+
+    op: ClassVar[str] = "in_batch_cross_entropy"
+    batch: int
+    table_rows: int = 100_000
+    dim: int = 64
+
+    id_batches: ClassVar[int] = 4
+
+    @property
+    def shape_text(self) -> str:
+        return f"{self.batch} of {self.table_rows} D{self.dim}"
+
+    @property
+    def name(self) -> str:
+        return self.shape_text
+
+    def tiny(self) -> Case:
+        return replace(self, batch=8, table_rows=16)
+
+    def cost(self, direction: str) -> Cost:
+        gathered = 2 * self.batch * (self.dim * self.dtype.itemsize + 8)
+        product = 2 * self.batch**2 * self.dim
+        if direction == "forward":
+            return Cost(gathered, product)
+        # The scores' product and one for each table's gradient; the gradients are dense.
+        gradients = 2 * self.table_rows * self.dim * self.dtype.itemsize
+        return Cost(gathered + gradients, 3 * product)
+
+    def contenders(self, direction: str, device: torch.device) -> Builders:
+        def table():
+            return torch.randn(self.table_rows, self.dim, device=device).mul_(self.dim**-0.5).to(self.dtype)
+
+        tables = [table().requires_grad_() for _ in "ui"]
+        batches = [
+            (*torch.randint(self.table_rows, (2, self.batch), device=device), *tables) for _ in range(self.id_batches)
+        ]
+
+        def contender(function):
+            return step(function, batches, tables, direction)
+
+        return {
+            "eager": lambda: contender(in_batch_reference),
+            "compile": lambda: contender(torch.compile(in_batch_reference)),
+            "pyfused": lambda: contender(PF.in_batch_cross_entropy),
         }

@@ -26,11 +26,15 @@ def _never(*args) -> None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One op on one backend. `run` has the op's signature; `cannot(*args)` returns a reason or None; `how(*args)` says
-    for `explain` by which of several algorithms, or None."""
+    """One op on one backend. `run` has the op's signature; `cannot(*args)` returns a reason or None.
+
+    `cedes(*args)`: whether eager PyTorch does as well with these arguments, so that going without our
+    autograd.Function, which costs 100 us and more, is the faster way. `how(*args)`: which of several algorithms runs.
+    """
 
     run: Callable
     cannot: Callable[..., str | None] = _never
+    cedes: Callable[..., bool | None] = _never
     how: Callable[..., str | None] = _never
 
 
@@ -40,12 +44,16 @@ UNAVAILABLE: dict[str, str] = {}
 
 
 def kernel(
-    op: str, backend: str, cannot: Callable[..., str | None] = _never, how: Callable[..., str | None] = _never
+    op: str,
+    backend: str,
+    cannot: Callable[..., str | None] = _never,
+    cedes: Callable[..., bool | None] = _never,
+    how: Callable[..., str | None] = _never,
 ) -> Callable:
     """Decorator: enter a function into the table as `backend`'s kernel for `op`."""
 
     def enter(run: Callable) -> Callable:
-        TABLE.setdefault(op, {})[backend] = Kernel(run, cannot, how)
+        TABLE.setdefault(op, {})[backend] = Kernel(run, cannot, cedes, how)
         return run
 
     return enter
@@ -111,8 +119,33 @@ def pick(op: str, args: tuple) -> Callable:
     raise RuntimeError(f"pyfused.{op}: no backend can run this: {explain(op, *args)}")
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def may_hand_over(x: torch.Tensor) -> bool:
+    """Whether the public functions may hand a call on this tensor to eager PyTorch if it is tiny by the op's measure.
+
+    The autograd.Function around a kernel costs 10 to 200 us more than eager's call; a kernel saves less than that on
+    few elements. How few was measured on CPUs, so only there. Not where a backend is forced; nor for what would bake
+    the sizes at hand into a graph: torch.compile, export, fake tensors.
+    """
+    return not torch.compiler.is_compiling() and type(x) in _PLAIN and x.is_cpu and _forced is None
+
+
+def cedes(op: str, args: tuple) -> bool:
+    """Whether the backend that would run `op`, none being forced, does no better than eager PyTorch."""
+    kernels = TABLE[op]
+    for backend in ORDER.get(_device_type(args), ()):
+        if backend in kernels and backend not in UNAVAILABLE:
+            return bool(kernels[backend].cedes(*args))
+    return False
+
+
 def explain(op: str, *args) -> dict[str, str]:
     """For each backend, "chosen" (with the algorithm, if it has several), "can run this", or the reason why not.
+
+    This is about the registered op. Before it is called, the public functions hand tiny calls on CPU tensors to eager
+    PyTorch, unless a backend is forced; each says in its documentation how small that is.
 
     Args:
         op: the name of a registered op, e.g. "cross_entropy" or "conv2d_relu_backward" (see `ops()`).

@@ -65,6 +65,12 @@ def is_in_trimmed_set(item) -> bool:
     return "dtype" not in parameters or parameters["dtype"] == case.dtypes[sum(case.id.encode()) % len(case.dtypes)]
 
 
+@pytest.fixture(autouse=True)
+def tiny_calls_reach_kernels(monkeypatch):
+    """Tests are about kernels, and small: nothing is handed to eager PyTorch, but in test_tiny.py."""
+    monkeypatch.setattr(dispatch, "may_hand_over", lambda x: False)
+
+
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     """Run the test on one backend and, for "cpu-*", one instruction set. Gives the device of its tensors."""

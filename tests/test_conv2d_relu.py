@@ -39,7 +39,9 @@ def exact(*shape, high=5, seed=0):
         ((2, 5, 9, 9), (32, 5, 3, 3), {}, "aten"),
         ((3, 16, 9, 9), (16, 16, 3, 3), {"padding": 2}, "winograd"),
         ((2, 16, 9, 9), (16, 16, 3, 3), {"padding": 2}, "aten"),
-        ((1, 160, 16, 16), (160, 160, 3, 3), {}, "aten"),
+        ((1, 160, 16, 16), (160, 160, 3, 3), {"training": True}, "aten"),
+        ((1, 160, 16, 16), (160, 160, 3, 3), {}, "winograd"),
+        ((1, 160, 9, 9), (160, 160, 3, 3), {}, "aten"),
         ((2, 160, 16, 16), (160, 160, 3, 3), {}, "winograd"),
         ((8, 512, 7, 7), (512, 512, 3, 3), {"padding": 1}, "winograd"),
         ((4, 16, 8, 8), (16, 16, 1, 1), {}, "1x1"),
@@ -53,6 +55,15 @@ def exact(*shape, high=5, seed=0):
         ((2, 16, 9, 9), (15, 16, 3, 3), {}, "aten"),
         ((2, 16, 9, 9), (16, 16, 3, 3), {"stride": 2}, "aten"),
         ((2, 16, 9, 9), (16, 16, 3, 3), {"dtype": torch.bfloat16}, "aten"),
+        ((2, 24, 9, 9), (24, 1, 3, 3), {"groups": 24, "layout": torch.channels_last}, "depthwise"),
+        ((2, 24, 9, 9), (24, 1, 5, 7), {"groups": 24, "layout": torch.channels_last, "stride": 2}, "depthwise"),
+        ((2, 24, 9, 9), (24, 1, 3, 3), {"groups": 24}, "aten"),
+        ((2, 24, 9, 9), (48, 1, 3, 3), {"groups": 24, "layout": torch.channels_last}, "aten"),
+        ((2, 24, 9, 9), (24, 1, 3, 4), {"groups": 24, "layout": torch.channels_last}, "aten"),
+        ((2, 24, 9, 9), (24, 1, 3, 3), {"groups": 24, "layout": torch.channels_last, "stride": 3}, "aten"),
+        ((2, 24, 9, 9), (24, 1, 3, 3), {"groups": 24, "layout": torch.channels_last, "dilation": 2}, "aten"),
+        ((2, 8, 9, 9), (8, 1, 3, 3), {"groups": 8, "layout": torch.channels_last}, "aten"),
+        ((2, 24, 9, 9), (24, 1, 3, 3), {"groups": 24, "layout": torch.channels_last, "dtype": torch.float64}, "aten"),
     ],
 )
 def test_algorithm(shape, weight, options, expected):
@@ -61,7 +72,26 @@ def test_algorithm(shape, weight, options, expected):
     dtype = options.get("dtype", torch.float32)
     pairs = [(options.get(name, default),) * 2 for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
     x, w = torch.empty(shape, dtype=dtype), torch.empty(weight, dtype=dtype)
+    x = x.contiguous(memory_format=options.get("layout", torch.contiguous_format))
+    w.requires_grad_(options.get("training", False))
     assert algorithm(x, w, None, *pairs, options.get("groups", 1)) == expected
+
+
+@needs_cpu
+def test_what_eager_does_as_well_is_left_to_it():
+    """No autograd.Function of ours where PyTorch's convolution would run, unless forced; the same values."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(8, 32, 12, 12, generator=g), torch.randn(32, 32, 5, 5, generator=g, requires_grad=True)
+    out, expected = PF.conv2d_relu(x, w, padding=2), eager("conv2d_relu")(x, w, padding=2)
+    assert "Conv2dReLU" not in type(out.grad_fn).__name__ and torch.equal(out, expected)
+    with pyfused.use_backend("cpu"):
+        forced = PF.conv2d_relu(x, w, padding=2)
+    assert "Conv2dReLU" in type(forced.grad_fn).__name__ and torch.equal(out, forced)
+    assert "Conv2dReLU" in type(PF.conv2d_relu(x, w[..., :3, :3]).grad_fn).__name__  # Winograd
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        pooled = PF.conv2d_relu_max_pool2d(x, w, padding=2)
+    torch.testing.assert_close(pooled, eager("conv2d_relu_max_pool2d")(x, w, padding=2))
 
 
 @needs_cpu

@@ -129,7 +129,7 @@ def test_an_auxiliary_loss_on_the_same_logits():
 
 
 # --- In place
-@pytest.mark.parametrize("shape", [*LAYOUTS, (2, 5, 3, 4)])
+@pytest.mark.parametrize("shape", [*LAYOUTS, (2, 5, 3, 4), (40, 10), (40, 21), (3000, 10)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inplace_writes_the_gradient_over_the_logits(shape, dtype):
     x, target = problem(shape, dtype)
@@ -142,6 +142,21 @@ def test_inplace_writes_the_gradient_over_the_logits(shape, dtype):
     loss.backward()
     assert seen == [memory]
     assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("classes", [10, 21, 50])
+def test_inplace_leaves_what_lies_between_the_rows(isa, classes):
+    """Whole vectors are written where a row is shorter, over the next row, which is still to come; not over gaps."""
+    x, target = problem((40, classes + 3))
+    target.remainder_(classes)
+    memory = x * 1
+    before = memory.detach().clone()
+    logits = memory[:, 2:-1]
+    expected = gradient(PF.cross_entropy(logits, target), logits)
+    PF.cross_entropy(logits, target, inplace=True).backward()
+    assert torch.equal(logits, expected)
+    for gap in (slice(0, 2), slice(-1, None)):
+        assert torch.equal(memory[:, gap], before[:, gap])
 
 
 def test_inplace_second_backward_raises():

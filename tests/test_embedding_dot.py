@@ -97,6 +97,20 @@ def test_sparse_gradients_are_pytorchs_coalesced(shape, padding_idx, dtype):
         torch.testing.assert_close(a.values(), b.values())
 
 
+@native
+@pytest.mark.parametrize(
+    "dtype, dim", [(torch.float32, 64), (torch.float64, 32), (torch.bfloat16, 128), (torch.float32, 72)]
+)
+def test_large_sparse_gradients_are_the_rows_of_the_dense_ones(dtype, dim):
+    """More than 4 MiB of rows that are whole cache lines (not those of 72 numbers) are written past the caches."""
+    n = 20_000
+    user, item, parameters = ids(100_000, n), ids(90_000, n), tables(100_000, 90_000, dim, dtype)
+    sparse = grads(embedding_dot, user, item, parameters, sparse=True)
+    for a, b in zip(sparse, grads(embedding_dot, user, item, parameters), strict=True):
+        assert a.values().shape[0] * dim * dtype.itemsize > 4 << 20
+        assert torch.equal(a.values(), b[a.indices()[0]])
+
+
 def test_sparse_gradients_train_with_the_sparse_optimizers():
     model = EmbeddingDot(50, 60, 8, bias=True, sparse=True)
     twin = copy.deepcopy(model)

@@ -17,6 +17,10 @@
   K(conv2d_direct_backward_weight, (View d_weight, View d_bias, View grad, View saved, View input, int64_t stride_h,   \
                                     int64_t stride_w, int64_t pad_h, int64_t pad_w, int threads))                      \
   K(conv2d_1x1, (View out, View input, View weight, View bias, int threads))                                           \
+  K(conv2d_depthwise,                                                                                                  \
+    (View out, View input, View weight, View bias, int64_t stride, int64_t pad_h, int64_t pad_w, int threads))         \
+  K(conv2d_depthwise_backward, (View d_input, View d_weight, View d_bias, View grad, View saved, View input,           \
+                                View weight, int64_t stride, int64_t pad_h, int64_t pad_w, int threads))               \
   K(conv2d_relu_grad, (View g, View d_bias, View grad, View saved, int threads))                                       \
   K(relu_max_pool2d,                                                                                                   \
     (View out, View code, View activation, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))               \

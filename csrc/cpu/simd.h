@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -168,6 +168,25 @@ PYFUSED_INLINE void store(f16* p, Vec<float> v) {
   std::memcpy(p, &half, sizeof half);
 }
 #endif
+
+// --- Whole cache lines of 64 bytes, aligned, written past the caches: memory that is written once and not read soon need
+// not be read first. Each thread that streamed calls stream_end() before others may read.
+PYFUSED_INLINE void stream(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX512F__)
+  auto *out = static_cast<__m512i*>(to), *end = out + bytes / 64;
+  for (auto* in = static_cast<const __m512i*>(from); out < end;) _mm512_stream_si512(out++, _mm512_loadu_si512(in++));
+#elif defined(__SSE2__)
+  auto *out = static_cast<__m128i*>(to), *end = out + bytes / 16;
+  for (auto* in = static_cast<const __m128i*>(from); out < end;) _mm_stream_si128(out++, _mm_loadu_si128(in++));
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+PYFUSED_INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // --- The first n lanes only (0 <= n <= lanes): tails. Lanes past n read as `fill` and are not written.
 template <class T>

@@ -20,10 +20,15 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .. import dispatch
 from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
+# Bytes of logits below which calls go to eager PyTorch. Ours, with 11 us more a call forward and 27 us in training,
+# wins training steps from about 260 and 240 KB on (float32, 32 to 1000 classes, one and two threads) and 160 and 270 KB
+# (bfloat16); 10 classes: 8 and 11 KB, 5 and 9 KB, eager being slow on rows that are shorter than a vector of 64 bytes.
+TINY, TINY_SHORT_ROWS = 300_000, 12_000
 
 
 def reference(
@@ -234,6 +239,11 @@ def problem(input, target, weight, ignore_index, reduction, label_smoothing, sof
     return None
 
 
+def _is_tiny(input) -> bool:
+    size = input.nbytes
+    return size < TINY and (size < TINY_SHORT_ROWS or input.dim() != 2 or size >= 64 * input.shape[0])
+
+
 def _check_inplace(input: torch.Tensor) -> None:
     base = input if input._base is None else input._base
     if base.is_leaf:
@@ -259,6 +269,9 @@ def cross_entropy(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax cross-entropy: the logits are read once forward and once backward; only the gradient has their size.
 
+    Less than 300 kB of logits on a CPU (12 kB in rows of less than 64 bytes), where a call costs more than a kernel
+    saves, go to eager PyTorch with its rounding, unless an option below that eager lacks or a backend is asked for.
+
     Args: as torch.nn.functional.cross_entropy, and
         input: logits (C,), (N, C) or (N, C, d1, ...) with any strides; float32, float64, bfloat16 or float16.
         target: labels, int64 of shape (), (N,) or (N, d1, ...); or probabilities of the shape of `input`.
@@ -279,6 +292,11 @@ def cross_entropy(
         RuntimeError: inplace=True on a leaf that requires grad, or on an expanded tensor.
     """
     given = (input, target, weight, ignore_index, reduction, label_smoothing)
+    if dispatch.may_hand_over(input) and not (z_loss or softcap or return_lse or inplace) and _is_tiny(input):
+        try:
+            return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        except Exception:  # told again below, with the argument and its value
+            pass
     if not is_native(input, target, weight) or (input.dim() == 1 and target.shape == (1,)):
         return reference(*given, z_loss=z_loss, softcap=softcap, return_lse=return_lse)
     if wrong := problem(*given, softcap):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from .. import dispatch
 from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
 from .embedding_dot_update import update
 
@@ -42,6 +43,12 @@ def reference(user, item, user_weight, item_weight, user_bias=None, item_bias=No
     if item_bias is not None:
         out = out + biases(item, item_bias, item_padding)
     return out
+
+
+# Gathered numbers below which training goes to eager PyTorch, with tables of fewer numbers than TINY_TABLES together.
+# Measured: ours, with 30 us more a step and 3 us more forward, wins from 256 pairs of 64 on; with tables of 10,000
+# rows, whose gradients take fresh memory in eager, it is 1.1 times as fast for 16 pairs, with 100,000 rows 2.2 times.
+TINY, TINY_TABLES = 20_000, 1 << 19
 
 
 def alloc(user, item, user_weight, item_weight, user_bias, item_bias):
@@ -225,6 +232,14 @@ def flat(bias):
     return None if bias is None else bias.reshape(-1).contiguous()
 
 
+def _is_tiny(item, user_weight, item_weight) -> bool:
+    return item.numel() * user_weight.shape[1] < TINY and has_tiny_gradients(user_weight, item_weight)
+
+
+def has_tiny_gradients(user_weight, item_weight) -> bool:
+    return user_weight.numel() + item_weight.numel() < TINY_TABLES
+
+
 def _pair(padding_idx):
     return tuple(padding_idx) if isinstance(padding_idx, Sequence) else (padding_idx, padding_idx)
 
@@ -269,7 +284,8 @@ def embedding_dot(
     """Dot products of rows of two embedding tables, plus biases, without storing the gathered rows.
 
     Stands for `(F.embedding(user, user_weight) * F.embedding(item, item_weight)).sum(-1)` and the same with K items per
-    user. Sums, of gradients of repeated ids too, are made in float32 (float64 tables: float64) in a fixed order.
+    user. Sums, of gradients of repeated ids too, are made in float32 (float64 tables: float64) in a fixed order. But
+    less than 20,000 gathered numbers on a CPU, where dense gradients of small tables are wanted, go to eager PyTorch.
 
     Args:
         user: ids, int64 or int32, of any shape S.
@@ -306,6 +322,11 @@ def embedding_dot(
     if sparse and optimizer is None and torch.compiler.is_compiling():
         return reference(*given, padding_idx=padding_idx, sparse=True)
     tables = (user_weight, item_weight)
+    if optimizer is None and not sparse and dispatch.may_hand_over(user_weight) and _is_tiny(item, *tables):
+        try:
+            return reference(*given, padding_idx=padding_idx)
+        except Exception:  # told again below, with the argument and its value
+            pass
     padding = tuple(row if row is None or row >= 0 else row + w.shape[0] for row, w in zip(padding, tables))
     if optimizer is not None:
         return _update_in_backward(given, padding, optimizer)

@@ -20,11 +20,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .. import dispatch
 from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
 from . import embedding_dot as dot
 from . import linear_cross_entropy as linear
 from .cross_entropy import DTYPES, REDUCTIONS, arithmetic_dtype
 
+# Bytes of scores below which calls go to eager PyTorch. Ours, with 35 us more a call forward and 150 us in training,
+# wins training steps from 190 x 190 in float32 and 310 x 310 in bfloat16 on.
+TINY = 180_000
 _NONE = REDUCTIONS.index("none")
 _PLAIN = (-100, 0.0, 0.0, 0.0)  # cross_entropy's ignore_index, label_smoothing, z_loss and softcap
 
@@ -222,6 +226,12 @@ def _problem(user, item, user_weight, item_weight, item_bias, log_q, scale, redu
     return None
 
 
+def _is_tiny(user, user_weight, item_weight) -> bool:
+    if user.numel() ** 2 * user_weight.itemsize >= TINY or torch.is_autocast_enabled("cpu"):  # its products are 16-bit
+        return False
+    return not needs_grad(user_weight, item_weight) or dot.has_tiny_gradients(user_weight, item_weight)
+
+
 def in_batch_cross_entropy(
     user: torch.Tensor,
     item: torch.Tensor,
@@ -235,6 +245,8 @@ def in_batch_cross_entropy(
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Softmax loss of B (user, item) pairs, each against the items of the others; the B x B scores are never stored.
+
+    Less than 180 kB of scores on a CPU go to eager PyTorch, with its rounding, unless the tables are large.
 
     Args:
         user, item: ids of the pairs, int64 or int32, (B,).
@@ -258,11 +270,16 @@ def in_batch_cross_entropy(
     """
     given = (user, item, user_weight, item_weight, item_bias)
     problem = _problem(*given, log_q, scale, reduction)
-    if problem or is_transformed():
-        options = {"log_q": log_q, "scale": scale, "mask_accidental_hits": mask_accidental_hits, "reduction": reduction}
-        if not problem:
-            return reference(*given, **options)
+    options = {"log_q": log_q, "scale": scale, "mask_accidental_hits": mask_accidental_hits, "reduction": reduction}
+    if problem:
         reject("in_batch_cross_entropy", problem, reference, *given, **options)
+    if is_transformed():
+        return reference(*given, **options)
+    if dispatch.may_hand_over(user_weight) and _is_tiny(user, user_weight, item_weight):
+        try:
+            return reference(*given, **options)
+        except Exception:  # an id out of range: told again below, with its place and value
+            pass
     bias = None if item_bias is None else item_bias.reshape(-1)
     args = (user, item, user_weight, item_weight, bias, log_q)
     options = (float(scale), bool(mask_accidental_hits), REDUCTIONS.index(reduction))

@@ -13,10 +13,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .. import dispatch
 from .._library import define, differentiable_grads, needs_grad, reject
 from . import cross_entropy as ce
 from .conv2d_relu import autocast
 
+# Bytes of logits below which calls go to eager PyTorch. Ours, with 50 us more a call forward and 110 us in training,
+# wins from 256 x 1000 logits (float32) and 512 x 1000 (bfloat16) on, for 64 to 256 features.
+TINY = 1_200_000
 _NONE, _SUM = ce.REDUCTIONS.index("none"), ce.REDUCTIONS.index("sum")
 
 
@@ -296,6 +300,15 @@ def _problem(input, linear_weight, target, linear_bias, ignore_index) -> str | N
     return None
 
 
+def _is_tiny(input, linear_weight, linear_bias) -> bool:
+    """Also no K-dimensional loss, and a bias that is not broadcast."""
+    if input.dim() not in (1, 2) or linear_weight.dim() != 2:
+        return False
+    classes, features = linear_weight.shape
+    fits = linear_bias is None or (linear_bias.dim() == 1 and linear_bias.numel() == classes)
+    return fits and input.nbytes * classes < TINY * features
+
+
 def _is_native(input, linear_weight, linear_bias) -> bool:
     """Whether the registered op takes this linear layer."""
     return (
@@ -323,6 +336,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of a linear layer's outputs; memory for a chunk of the logits instead of all of them.
 
+    Less than 1.2 MB of logits on a CPU go to eager PyTorch, as in cross_entropy.
+
     Args: as torch.nn.functional.linear_cross_entropy (torch 2.13), and `z_loss` and `softcap` as in cross_entropy.
         input: (D) or (N, D); float32, float64, bfloat16 or float16.
         linear_weight: (V, D), of the input's dtype. (V, d1, ..., D), the K-dimensional loss, runs in eager PyTorch.
@@ -335,6 +350,13 @@ def linear_cross_entropy(
         RuntimeError: shapes that do not fit, ignore_index with probabilities.
         What cross_entropy raises, IndexError for a label out of range among it.
     """
+    plain = not (z_loss or softcap) and (ignore_index is None or not target.is_floating_point())
+    if dispatch.may_hand_over(input) and plain and _is_tiny(input, linear_weight, linear_bias):
+        try:
+            logits, index = F.linear(input, linear_weight, linear_bias), -100 if ignore_index is None else ignore_index
+            return F.cross_entropy(logits, target, weight, None, index, None, reduction, label_smoothing)
+        except Exception:  # told again below, with the argument and its value
+            pass
     problem = _problem(input, linear_weight, target, linear_bias, ignore_index)
     if problem:
         raise RuntimeError(f"pyfused.linear_cross_entropy: {problem}")

@@ -21,6 +21,7 @@ namespace PYFUSED_ISA {
 namespace {
 
 constexpr int64_t kTiles = 64;
+constexpr int64_t kOutputs = 8 * kRows;
 
 // D[o][c] (+)= ∑_t Z[t][o] V[t][c] for one point, all o and `vectors` <= kVectors vectors of c.
 template <bool Add>
@@ -36,23 +37,58 @@ void add_products(const float* z, int64_t z_row, const float* v, int64_t v_row, 
   });
 }
 
-// grad_weight = Gᵀ D G for outputs [first, last).
-void transform_back(const float* d, int64_t d_row, int64_t d_point, int64_t first, int64_t last, const View& out) {
-  int64_t channels = out.shape[1];
-  for (int64_t o = first; o < last; ++o)
-    for (int64_t c = 0; c < channels; c += lanes<float>) {
+// grad_weight = Gᵀ D G for `rows` outputs from `first` on and channels [c_begin, c_end), where `d` starts.
+void transform_back(const float* d, int64_t d_row, int64_t d_point, int64_t first, int64_t rows, int64_t c_begin,
+                    int64_t c_end, const View& out) {
+  for (int64_t o = first; o < first + rows; ++o, d += d_row)
+    for (int64_t c = c_begin; c < c_end; c += lanes<float>) {
       V u[kPoints], w[9];
 #pragma GCC unroll 36
-      for (int k = 0; k < kPoints; ++k) u[k] = load(d + k * d_point + o * d_row + c);
+      for (int k = 0; k < kPoints; ++k) u[k] = load(d + k * d_point + c - c_begin);
       transform_filter_back(u, w);
       float taps[9][lanes<float>];
 #pragma GCC unroll 9
       for (int tap = 0; tap < 9; ++tap) store(taps[tap], w[tap]);
       float* to = out.as<float>() + o * out.strides[0] + c * out.strides[1];
-      for (int64_t i = 0; i < min<int64_t>(lanes<float>, channels - c); ++i)
+      for (int64_t i = 0; i < min<int64_t>(lanes<float>, c_end - c); ++i)
         for (int tap = 0; tap < 9; ++tap)
           to[i * out.strides[1] + tap / 3 * out.strides[2] + tap % 3 * out.strides[3]] = taps[tap][i];
     }
+}
+
+// The same bits where the map is small and D would outgrow the transforms of all tiles: those are kept, and D exists only
+// for kOutputs outputs and kVectors vectors of channels at a time, in each thread's L2 cache.
+template <class Source>
+void correlate_blocks(const View& grad_weight, float* grad_bias, const Source& gradient, const Plain& input,
+                      const Grid& grid, int pad_h, int pad_w, int threads) {
+  int64_t outputs = gradient.channels, channels = input.channels, width = kVectors * lanes<float>;
+  int64_t z_row = round_up(outputs, lanes<float>) + kSkew, v_row = round_up(channels, lanes<float>) + kSkew;
+  int64_t z_point = grid.count * z_row + kSkew, v_point = grid.count * v_row + kSkew;
+  int64_t d_point = kOutputs * width + kSkew, groups = ceil_div(channels, width);
+  auto* z = static_cast<float*>(scratch(0, sizeof(float) * kPoints * (z_point + v_point)));
+  auto* memory = static_cast<float*>(scratch(1, sizeof(float) * kPoints * d_point * threads));
+  float* v = z + kPoints * z_point;
+  parallel_for(grid.count, 4, threads, [&](int64_t begin, int64_t end, int) {
+    transform_tiles<kTile>(gradient, grid, begin, end - begin, 0, 0, z + begin * z_row, z_row, z_point);
+    transform_tiles<kPatch>(input, grid, begin, end - begin, pad_h, pad_w, v + begin * v_row, v_row, v_point);
+  });
+  parallel_for(ceil_div(outputs, kOutputs) * groups, 1, threads, [&](int64_t begin, int64_t end, int thread) {
+    float* d = memory + thread * kPoints * d_point;
+    for (int64_t item = begin; item < end; ++item) {
+      int64_t o = item / groups * kOutputs, rows = min(kOutputs, outputs - o), c = item % groups * width;
+      int vectors = static_cast<int>(ceil_div(min(width, channels - c), lanes<float>));
+      for (int64_t k = 0; k < kPoints; ++k)
+        add_products<false>(z + k * z_point + o, z_row, v + k * v_point + c, v_row, grid.count, rows, vectors,
+                            d + k * d_point, width);
+      transform_back(d, width, d_point, o, rows, c, min(c + width, channels), grad_weight);
+    }
+  });
+  const float* sums = z + 7 * z_point;  // the point (1, 1)
+  for (int64_t o = 0; grad_bias && o < outputs; ++o) {
+    float total = 0;
+    for (int64_t t = 0; t < grid.count; ++t) total += sums[t * z_row + o];
+    grad_bias[o] = total;
+  }
 }
 
 template <class Source>
@@ -60,6 +96,9 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
                int pad_h, int pad_w, int threads) {
   Grid grid(images, gradient.height, gradient.width);
   int64_t outputs = gradient.channels, channels = input.channels, tiles = min(kTiles, grid.count);
+  // With more tiles, added to D in several steps, this was slower: 1.4 instead of 1.6 times eager's speed at 8x256x14x14.
+  if (grid.count && grid.count <= kTiles && grid.count * (outputs + channels) <= outputs * channels)
+    return correlate_blocks(grad_weight, grad_bias, gradient, input, grid, pad_h, pad_w, threads);
   // Rows of Z and V are skewed too: a product goes down a column of both.
   int64_t d_row = round_up(channels, lanes<float>), z_row = round_up(outputs, lanes<float>) + kSkew,
           v_row = d_row + kSkew;
@@ -87,8 +126,9 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
     for (int64_t t = 0; grad_bias && t < count; ++t)
       for (int64_t o = 0; o < outputs; o += lanes<float>) store(bias + o, load(bias + o) + load(sums + t * z_row + o));
   }
-  parallel_for(outputs, 4, threads,
-               [&](int64_t begin, int64_t end, int) { transform_back(d, d_row, d_point, begin, end, grad_weight); });
+  parallel_for(outputs, 4, threads, [&](int64_t begin, int64_t end, int) {
+    transform_back(d + begin * d_row, d_row, d_point, begin, end - begin, 0, channels, grad_weight);
+  });
   if (grad_bias) std::memcpy(grad_bias, bias, sizeof(float) * outputs);
 }
 

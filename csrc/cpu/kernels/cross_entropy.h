@@ -1,6 +1,7 @@
 // What both directions of cross_entropy.cpp stand on: the problem's options and labels, and logits as rows x classes.
 #pragma once
 #include <type_traits>
+#include <utility>
 
 #include "cpu/simd_math.h"
 
@@ -86,9 +87,27 @@ struct Options {  // what both directions share; C is float or double
   }
 };
 
+// v[i][l] = v[l][i]: every step exchanges blocks of half the size, two shuffles a pair.
+template <class C, int half, int... l>
+PYFUSED_INLINE void transpose(Vec<C>* v, std::integer_sequence<int, l...> every) {
+  constexpr int W = lanes<C>;
+  for (int i = 0; i < W; ++i) {
+    if (i & half) continue;
+    const Vec<C> a = v[i], b = v[i + half];
+    v[i] = shuffle<C, (l & half ? l - half + W : l)...>(a, b);
+    v[i + half] = shuffle<C, (l & half ? l + W : l + half)...>(a, b);
+  }
+  if constexpr (half > 1) transpose<C, half / 2>(v, every);
+}
+template <class C>
+PYFUSED_INLINE void transpose(Vec<C>* v) {
+  transpose<C, lanes<C> / 2>(v, std::make_integer_sequence<int, lanes<C>>());
+}
+
 template <class T>
 struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
-  static constexpr int64_t width = lanes<compute_t<T>>;
+  using C = compute_t<T>;
+  static constexpr int64_t width = lanes<C>;
   T* data;
   int64_t classes, class_stride, outer_stride, inner_stride, inner;
 
@@ -103,30 +122,67 @@ struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
     if (!outer_stride) return data + r * inner_stride;  // a division takes as long as 10 classes
     return data + r / inner * outer_stride + r % inner * inner_stride;
   }
-  PYFUSED_INLINE bool lanes_adjacent(int64_t r, int64_t n) const {
-    return n == width && inner_stride == 1 && (!outer_stride || r % inner + n <= inner);
+  // Whether the rows r, ..., r + n - 1 are a vector's worth, each `inner_stride` behind the one before it.
+  PYFUSED_INLINE bool even(int64_t r, int64_t n) const {
+    return n == width && (!outer_stride || r % inner + n <= inner);
+  }
+  PYFUSED_INLINE bool lanes_adjacent(int64_t r, int64_t n) const { return inner_stride == 1 && even(r, n); }
+  // Rows shorter than a vector must lie one behind the other: a vector then reaches into rows of the same group only.
+  PYFUSED_INLINE bool transposable(int64_t r, int64_t n) const {
+    const bool fits = classes >= width || (inner_stride == classes && classes >= width / 4);
+    return class_stride == 1 && fits && even(r, n);
   }
   // n rows to and from tile[class][lane]; lanes past n repeat the last row.
-  PYFUSED_INLINE void gather(int64_t r, int64_t n, T* tile) const {
+  PYFUSED_INLINE void gather(int64_t r, int64_t n, C* tile) const {
     const T* p = row(r);
     if (lanes_adjacent(r, n)) {
       for (int64_t c = 0; c < classes; ++c, p += class_stride) {
         __builtin_prefetch(p + width);  // the next group: as many streams as classes are too many for the hardware's
-        std::memcpy(tile + c * width, p, sizeof(T) * width);
+        store(tile + c * width, load(p));
       }
+      return;
+    }
+    if (transposable(r, n)) {
+      for_blocks([&](int64_t c, int64_t count) {
+        Vec<C> v[width];
+        for (int64_t l = 0; l < width; ++l) v[l] = load_first(p + l * inner_stride + c, reach(l));
+        transpose<C>(v);
+        for (int64_t k = 0; k < count; ++k) store(tile + (c + k) * width, v[k]);
+      });
       return;
     }
     for (int64_t l = 0; l < width; ++l) {
       p = row(r + min(l, n - 1));
-      for (int64_t c = 0; c < classes; ++c) tile[c * width + l] = p[c * class_stride];
+      for (int64_t c = 0; c < classes; ++c) tile[c * width + l] = to_compute(p[c * class_stride]);
     }
   }
-  PYFUSED_INLINE void scatter(int64_t r, int64_t n, const T* tile) const {
+  PYFUSED_INLINE void scatter(int64_t r, int64_t n, const C* tile) const {
+    if (transposable(r, n)) {
+      T* p = row(r);
+      for_blocks([&](int64_t c, int64_t count) {
+        Vec<C> v[width]{};
+        for (int64_t k = 0; k < count; ++k) v[k] = load(tile + (c + k) * width);
+        transpose<C>(v);
+        // In this order: what a row writes behind its end, the next ones overwrite.
+        for (int64_t l = 0; l < width; ++l) store_first(p + l * inner_stride + c, v[l], reach(l));
+      });
+      return;
+    }
     for (int64_t l = 0; l < n; ++l) {
       T* p = row(r + l);
-      for (int64_t c = 0; c < classes; ++c) p[c * class_stride] = tile[c * width + l];
+      for (int64_t c = 0; c < classes; ++c) p[c * class_stride] = from_compute<T>(tile[c * width + l]);
     }
   }
+
+ private:
+  // Blocks of `width` classes; the last one overlaps the one before it, or is all there are.
+  template <class Body>
+  PYFUSED_INLINE void for_blocks(const Body& body) const {
+    if (classes < width) return body(int64_t{0}, classes);
+    for (int64_t c = 0; c < classes; c += width) body(min(c, classes - width), width);
+  }
+  // How much of a vector from the start of row l of a group on lies in the group.
+  PYFUSED_INLINE int64_t reach(int64_t l) const { return classes >= width ? width : min(width, (width - l) * classes); }
 };
 
 template <bool Capped, class T, class C = compute_t<T>>

@@ -51,24 +51,26 @@ Order sort_ids(Ids ids, int64_t rows, int64_t padding, int64_t scores, int64_t o
   return {packed, shift, inner, scores / others, first * inner};
 }
 
-// One chunk's terms, looked up.
+// One chunk's terms, looked up, and the first ones of the next chunk, so that their rows are on the way when it begins: a
+// pipeline that ran dry at the end of each chunk cost a quarter of the time. `cold`: nobody has fetched this chunk's first.
 template <class T>
 struct Terms {
-  int64_t count;
-  int64_t id[kChunk];
-  const T* row[kChunk];
-  compute_t<T> grad[kChunk];
+  int64_t count, known;
+  bool cold;
+  int64_t id[kChunk + kAhead];
+  const T* row[kChunk + kAhead];
+  compute_t<T> grad[kChunk + kAhead];
 
-  Terms(const Order& order, int64_t begin, int64_t end, const T* grads, Ids other_ids, const Table<T>& other) {
-    count = end - begin;
+  Terms(const Order& order, int64_t begin, bool cold, const T* grads, Ids other_ids, const Table<T>& other)
+      : count(min(kChunk, order.count - begin)), known(min(kChunk + kAhead, order.count - begin)), cold(cold) {
     int64_t entry = begin / order.inner, j = begin % order.inner;
     uint64_t position_mask = (uint64_t{1} << order.shift) - 1;
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t t = 0; t < known; ++t) {
       int64_t p = static_cast<int64_t>(order.packed[entry] & position_mask) * order.inner + j;
       id[t] = static_cast<int64_t>(order.packed[entry] >> order.shift);
       grad[t] = to_compute(grads[p]);
       row[t] = other.row(other_ids[order.outer == 1 ? p : p / order.outer]);
-      if (t < kAhead) other.prefetch(row[t]);
+      if (cold && t < kAhead) other.prefetch(row[t]);
       if (++j == order.inner) j = 0, ++entry;
     }
   }
@@ -89,7 +91,7 @@ struct Terms {
   template <class Out>
   void sum_rows(int64_t first, int64_t last, const Table<T>& other, Out* out) const {
     constexpr int64_t W = lanes<compute_t<T>>;
-    for (int64_t t = first + kAhead; t < min(last + kAhead, count); ++t) other.prefetch(row[t]);
+    for (int64_t t = first + kAhead; t < min(last + kAhead, known); ++t) other.prefetch(row[t]);
     int64_t d = 0, dim = other.dim;
     for (; d + 8 * W <= dim; d += 8 * W) sum_columns<8>(first, last, d, out);
     for (; d + 4 * W <= dim; d += 4 * W) sum_columns<4>(first, last, d, out);
@@ -168,10 +170,11 @@ void sum_runs(const Sink& sink, const Order& order, const int64_t* ranks, const 
   parallel_for(chunks, 4, threads, [&](int64_t first, int64_t last, int) {
     for (int64_t c = first; c < last; ++c) {
       int64_t begin = c * kChunk, end = min(begin + kChunk, order.count);
-      Terms<T> terms(order, begin, end, grads, other_ids, other);
+      Terms<T> terms(order, begin, c == first, grads, other_ids, other);
       bool begun_before = !order.begins(begin), goes_on = end < order.count && !order.begins(end);
       spilled[c] = sum_chunk(sink, terms, other, begun_before, goes_on, ranks ? ranks[c] : 0, partials + 2 * width * c);
     }
+    stream_end();  // the sink may have streamed
   });
   parallel_for(chunks, 4, threads, [&](int64_t first, int64_t last, int) {
     for (int64_t c = first; c < last; ++c) {

@@ -115,7 +115,7 @@ struct Update {
     if (bias) bias.apply(id, sums + weight.dim, spare);
   }
   void run(const Terms<T>& terms, int64_t first, int64_t last, const Table<T>& other, int64_t rank) const {
-    for (int64_t t = first == 0 ? 0 : first + kAhead; t < min(last + kAhead, terms.count); ++t) {
+    for (int64_t t = first == 0 && terms.cold ? 0 : first + kAhead; t < min(last + kAhead, terms.known); ++t) {
       if (weight) weight.prefetch(terms.id[t]);
       if (bias) bias.prefetch(terms.id[t]);
     }

@@ -1,10 +1,13 @@
-"""conv2d_relu and conv2d_relu_max_pool2d on the CPU: four algorithms, chosen by `algorithm`.
+"""conv2d_relu and conv2d_relu_max_pool2d on the CPU: five algorithms, chosen by `algorithm`.
 
 direct      own kernel for few input channels (first layers), either layout: bias, ReLU and 2x2 pooling in registers.
 winograd    own kernel for 3x3 with stride 1 in channels_last; F(4x4, 3x3), error about 1e-5 of the output's scale.
 1x1         own matrix product for 1x1 kernels with stride 1, float32, either layout, ReLU inside; forward only.
+depthwise   own kernels for as many groups as channels, float32: 3, 5 or 7 wide, stride 1 or 2, in channels_last.
 aten        PyTorch's convolution (oneDNN) in the layout given, then one pass of ours: ReLU, or ReLU with pooling; in
-            backward one pass that masks or unpools the gradient and sums it up to the bias gradient.
+            backward one pass that masks or unpools the gradient and sums it up to the bias gradient. That is no faster
+            than eager PyTorch with the ReLU in place, so the public functions call this (`_cedes`); the registered ops,
+            which torch.compile sees, run it.
 """
 
 from __future__ import annotations
@@ -12,18 +15,22 @@ from __future__ import annotations
 import torch
 
 from ... import _C
+from ..._library import needs_grad
 from ...dispatch import kernel
 from ...memory import cached, derived
 from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
 
-WINOGRAD_SAVES = 1600  # products per pair of channels
+WINOGRAD_SAVES = 1200  # products per pair of channels
+REMEMBERED_SAVES = 500  # the same where the weight's transform is remembered
 LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth remembering
 
 
 def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
-    """The algorithm that takes a convolution: "direct", "winograd", "1x1" or "aten". Arguments: the registered op's."""
+    """Which of the algorithms takes a convolution. Arguments: the registered op's."""
     c_out, c_in, kh, kw = weight.shape
+    if groups == c_out > 1 and _is_depthwise(input, weight, stride, dilation):
+        return "depthwise"
     if groups != 1 or tuple(dilation) != (1, 1):
         return "aten"
     winograd = (kh, kw) == (3, 3) and tuple(stride) == (1, 1) and max(padding) <= 2 and input.dtype == torch.float32
@@ -37,11 +44,40 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     # The products saved must pay for the weight's transform, which costs as much as some hundred positions: 9 products
     # a position against 36 a tile, used or not.
     saves = n * (9 * height * width - 36 * -(-height // 4) * -(-width // 4))
-    if winograd and op.allowed_algorithms() == "auto" and saves >= WINOGRAD_SAVES:
+    remembered = weight.nbytes >= LARGE_WEIGHT and not needs_grad(input, weight, bias)
+    if winograd and op.allowed_algorithms() == "auto" and saves >= (REMEMBERED_SAVES if remembered else WINOGRAD_SAVES):
         return "winograd"
     if (kh, kw) == (1, 1) and tuple(stride) == (1, 1) and max(padding) == 0 and n * height * width >= 256:
         return "1x1"  # from there on packing the weight costs nothing
     return "aten"
+
+
+def _is_depthwise(input, weight, stride, dilation) -> bool:
+    """Whether the depthwise kernels serve this: `groups` is the number of output channels."""
+    c_out, c_in, kh, kw = weight.shape
+    return (
+        c_in == 1
+        and kw in (3, 5, 7)
+        and kh <= 16
+        and tuple(stride) in ((1, 1), (2, 2))
+        and tuple(dilation) == (1, 1)
+        and c_out >= 16
+        and input.dtype == torch.float32
+        and _C.isa() != "baseline"
+        and op.memory_format(input, weight) == torch.channels_last
+    )
+
+
+def _cedes(*args) -> bool:
+    """Whether eager PyTorch does as well: its own convolution would run, or the 1x1 kernel, which transposes NCHW."""
+    chosen = algorithm(*args[:7])
+    return chosen == "aten" or (chosen == "1x1" and op.memory_format(*args[:2]) == torch.contiguous_format)
+
+
+def _pool_cedes(*args) -> bool:
+    """The same, without gradients, for which eager would save the full-size activation, and in channels_last: in NCHW
+    our pooling pass is ahead of PyTorch's."""
+    return not needs_grad(*args[:3]) and op.memory_format(*args[:2]) == torch.channels_last and _cedes(*args)
 
 
 def _dense(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -93,7 +129,7 @@ def _transformed(weight: torch.Tensor) -> torch.Tensor:
     return weight if transformed is None else transformed
 
 
-@kernel("conv2d_relu", "cpu")
+@kernel("conv2d_relu", "cpu", cedes=_cedes)
 def forward(*args):
     input, weight, bias, stride, padding, _, _ = args
     threads = torch.get_num_threads()
@@ -107,12 +143,15 @@ def forward(*args):
     if chosen == "1x1":
         _C.conv2d_1x1(out, _dense(input, out), weight, bias, threads)
         return out
+    if chosen == "depthwise":
+        _C.conv2d_depthwise(out, _dense(input, out), weight, bias, stride[0], *padding, threads)
+        return out
     result = _channels_last(out, fill=False)
     _C.conv2d_winograd(result, _channels_last(input), _transformed(weight), bias, *padding, True, threads)
     return _convert(out, result)
 
 
-@kernel("conv2d_relu_max_pool2d", "cpu")
+@kernel("conv2d_relu_max_pool2d", "cpu", cedes=_pool_cedes)
 def pool_forward(*args):
     input, weight, bias, stride, padding, *_, pool_size, pool_stride = args
     threads = torch.get_num_threads()
@@ -173,10 +212,19 @@ def _native_backward(grad, input, weight, saved, options, needed):
     chosen = algorithm(input, weight, None, *options)
     if not needed[1] or chosen in ("aten", "1x1") or (chosen == "direct" and needed[0]):
         return None
+    if chosen == "depthwise" and saved.dtype == torch.uint8:
+        return None
     d_input, d_weight, d_bias = map(cached, op.alloc_grads(input, weight, needed))
     bias = d_bias if needed[2] else None
     if chosen == "direct":
         _C.conv2d_direct_backward_weight(d_weight, bias, grad, saved, input, *options[0], *padding, threads)
+        return d_input, d_weight, d_bias
+    if chosen == "depthwise":
+        result = d_input if needed[0] else None
+        input = _channels_last(input)
+        _C.conv2d_depthwise_backward(
+            result, d_weight, bias, grad, saved, input, weight, options[0][0], *padding, threads
+        )
         return d_input, d_weight, d_bias
     grad, saved = _channels_last(grad), _channels_last(saved)
     _C.conv2d_winograd_backward_weight(d_weight, bias, grad, saved, _channels_last(input), *padding, threads)

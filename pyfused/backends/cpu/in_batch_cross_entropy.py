@@ -22,20 +22,23 @@ def _mask(item):
     return lambda scores, first: _C.mask_accidental_hits(scores, item, first, torch.get_num_threads())
 
 
-def _check_ids(name, ids, table):
-    if not ids.numel():
-        return
-    low, high = (x.item() for x in ids.aminmax())
-    if low < 0 or high >= len(table):
-        at = ((ids < 0) | (ids >= len(table))).nonzero()[0].item()
-        raise IndexError(f"{name} {ids[at].item()} is out of bounds: {name}[{at}] must lie in [0, {len(table)})")
+def _name_bad_id(name, ids, table):
+    bad = ((ids < 0) | (ids >= len(table))).nonzero()
+    if len(bad):
+        at = bad[0].item()
+        limits = f"must lie in [0, {len(table)})"
+        raise IndexError(f"{name} {ids[at].item()} is out of bounds: {name}[{at}] {limits}") from None
 
 
 @kernel("in_batch_cross_entropy", "cpu")
 def forward(user, item, user_weight, item_weight, *rest):
-    _check_ids("user", user, user_weight)
-    _check_ids("item", item, item_weight)
-    return op.run_forward(_chunk(user_weight, len(user)), _mask(item), user, item, user_weight, item_weight, *rest)
+    chunk = _chunk(user_weight, len(user))
+    try:  # gathering the rows looks at every id anyway
+        return op.run_forward(chunk, _mask(item), user, item, user_weight, item_weight, *rest)
+    except (IndexError, RuntimeError):
+        _name_bad_id("user", user, user_weight)
+        _name_bad_id("item", item, item_weight)
+        raise
 
 
 @kernel("in_batch_cross_entropy_backward", "cpu")

@@ -38,7 +38,7 @@ def _is_2x2(pool_size, pool_stride) -> bool:
     return tuple(pool_size) == tuple(pool_stride) == (2, 2)
 
 
-@kernel("conv2d_relu_max_pool2d", "cuda", _cannot, _how)
+@kernel("conv2d_relu_max_pool2d", "cuda", _cannot, how=_how)
 def forward(*args):
     input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride = args
     out, code = op.alloc(*args)
@@ -66,7 +66,7 @@ def forward(*args):
     return relu.run(candidates, chosen, "pool", *args)
 
 
-@kernel("conv2d_relu_max_pool2d_backward", "cuda", _cannot_backward, _how_backward)
+@kernel("conv2d_relu_max_pool2d_backward", "cuda", _cannot_backward, how=_how_backward)
 def backward(grad, input, weight, code, stride, padding, dilation, groups, pool_size, pool_stride, needed):
     options = (stride, padding, dilation, groups)
     chosen, _ = relu.choose(input, weight, *options, backward=True)

@@ -1,0 +1,118 @@
+"""Tiny calls on a CPU: eager PyTorch's, bit for bit; with our errors, and only where eager can do what is asked."""
+
+import pytest
+import torch
+from accuracy import eager, gradients_of, outputs_of, public
+from cases import CASES
+
+import pyfused
+import pyfused.functional as PF
+from pyfused import dispatch
+
+OPS = sorted({case.op for case in CASES})
+may_hand_over, pick = dispatch.may_hand_over, dispatch.pick
+
+
+@pytest.fixture(autouse=True)
+def picked(tiny_calls_reach_kernels, monkeypatch):
+    """Tiny calls are handed over. Gives the names of the registered ops that were called all the same."""
+    names = []
+    monkeypatch.setattr(dispatch, "may_hand_over", may_hand_over)
+    monkeypatch.setattr(dispatch, "pick", lambda name, args: (names.append(name), pick(name, args))[1])
+    monkeypatch.setattr(dispatch, "_forced", None)
+    return names
+
+
+def same(got, expected):
+    return all(torch.equal(g.to_dense().nan_to_num(), e.to_dense().nan_to_num()) for g, e in zip(got, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS)
+def test_tiny_cases_are_eagers_bit_for_bit(op, dtype, picked):
+    handed_over = 0
+    for case in CASES:
+        if case.op != op or dtype not in case.dtypes or not case.grad:
+            continue
+        picked.clear()
+        arguments = case.arguments(dtype)
+        got = [*outputs_of(public(op), arguments), *gradients_of(public(op), arguments, case.grad)]
+        if not picked:
+            handed_over += 1
+            assert same(got, [*outputs_of(eager(op), arguments), *gradients_of(eager(op), arguments, case.grad)]), case
+    assert handed_over
+
+
+def problem(rows=6, classes=5):
+    return torch.randn(rows, classes, requires_grad=True), torch.randint(classes, (rows,))
+
+
+def test_larger_calls_reach_the_kernels(picked):
+    for rows, classes in ((3000, 5), (3000, 100)):
+        picked.clear()
+        PF.cross_entropy(*problem(rows, classes))
+        assert picked == ["cross_entropy"]
+
+
+@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"softcap": 2.0}, {"return_lse": True}, {"inplace": True}])
+def test_what_eager_lacks_stays(picked, options):
+    x, target = problem()
+    PF.cross_entropy(x * 1, target, **options)
+    assert picked == ["cross_entropy"]
+
+
+def test_a_forced_backend_runs(picked):
+    with pyfused.use_backend("reference"):
+        PF.cross_entropy(*problem())
+    assert picked == ["cross_entropy"]
+
+
+def test_compiled_graphs_keep_the_registered_op_for_every_size(picked):
+    compiled = torch.compile(PF.cross_entropy, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for rows in (6, 7, 4000):
+            picked.clear()
+            compiled(*problem(rows))
+            assert picked == ["cross_entropy"]
+
+
+def test_devices_other_than_a_cpu_and_subclasses_keep_the_op():
+    class Subclass(torch.Tensor):
+        pass
+
+    assert may_hand_over(torch.zeros(2))
+    assert not may_hand_over(torch.zeros(2, device="meta"))
+    assert not may_hand_over(torch.zeros(2).as_subclass(Subclass))
+
+
+def test_errors_name_argument_and_value():
+    x, target = problem()
+    target[4] = 7
+    ids, bad, table = torch.tensor([0, 1]), torch.tensor([0, 9]), torch.randn(3, 4, requires_grad=True)
+    image, weight = torch.randn(1, 3, 5, 5), torch.randn(2, 4, 3, 3)
+    with pytest.raises(IndexError, match=r"target 7 is out of bounds.*\[4\]"):
+        PF.cross_entropy(x, target)
+    with pytest.raises(IndexError, match=r"target 7 is out of bounds.*\[4\]"):
+        PF.linear_cross_entropy(x, torch.randn(5, 5), target)
+    for f in (PF.embedding_dot, PF.in_batch_cross_entropy):
+        with pytest.raises(IndexError, match=r"item 9 is out of bounds.*item\[1\]"):
+            f(ids, bad, table, table)
+    for f in (PF.conv2d_relu, PF.conv2d_relu_max_pool2d):
+        with pytest.raises(RuntimeError, match="input has 3 channels"):
+            f(image, weight)
+
+
+def test_what_eager_would_broadcast_is_refused():
+    x, target = problem()
+    with pytest.raises(RuntimeError, match="linear_bias"):
+        PF.linear_cross_entropy(x, torch.randn(5, 5), target, linear_bias=torch.zeros(1))
+    table = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="D = 4, but item_weight has D = 1"):
+        PF.embedding_dot(torch.tensor([0]), torch.tensor([0]), table, torch.randn(3, 1))
+
+
+def test_sparse_gradients_stay_coalesced():
+    ids, table = torch.tensor([0, 1, 0]), torch.randn(3, 4, requires_grad=True)
+    scores = PF.embedding_dot(ids, ids, table, torch.randn(3, 4), sparse=True)
+    (grad,) = torch.autograd.grad(scores.sum(), table)
+    assert grad.is_coalesced() and grad._nnz() == 2
