@@ -68,7 +68,9 @@ PYTHON
 }
 sanitize() { # TOOL
   cases cuda >cases.py
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 python cases.py
+  # The convolutions by our kernels, also where cuDNN's would be chosen.
+  export PYFUSED_CUDA_CONV=own PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 python cases.py
 }
 
 export -f machine build cases sanitize
@@ -78,8 +80,10 @@ stage build 150 bash -c build
 gpu="cuda or triton or gpu"
 test=(python -m pytest -q -p no:cacheprovider "$root/tests")
 stage tests-gpu 120 "${test[@]}" -k "($gpu) and not emulat and not triton"
+stage tests-gemm 40 env PYFUSED_CUDA_CONV=own "${test[@]}" -k "cuda and conv2d and not emulat"
 stage memcheck 50 bash -c "sanitize memcheck"
 stage racecheck 50 bash -c "sanitize racecheck"
+stage conv-algorithms 30 python -m pyfused.bench.conv_algorithms conv_algorithms.csv
 stage bench 190 python -m pyfused.bench.gpu bench --minutes 3
 stage tests-triton 120 "${test[@]}" -k "triton and not emulat and not compile" --few
 stage bench-no-compile 60 python -m pyfused.bench.gpu bench-no-compile --minutes 1 --no-compile

@@ -29,12 +29,13 @@ class Kernel:
     """One op on one backend. `run` has the op's signature; `cannot(*args)` returns a reason or None.
 
     `cedes(*args)`: whether eager PyTorch does as well with these arguments, so that going without our
-    autograd.Function, which costs 100 us and more, is the faster way.
+    autograd.Function, which costs 100 us and more, is the faster way. `how(*args)`: which of several algorithms runs.
     """
 
     run: Callable
     cannot: Callable[..., str | None] = _never
     cedes: Callable[..., bool | None] = _never
+    how: Callable[..., str | None] = _never
 
 
 TABLE: dict[str, dict[str, Kernel]] = {}
@@ -43,12 +44,16 @@ UNAVAILABLE: dict[str, str] = {}
 
 
 def kernel(
-    op: str, backend: str, cannot: Callable[..., str | None] = _never, cedes: Callable[..., bool | None] = _never
+    op: str,
+    backend: str,
+    cannot: Callable[..., str | None] = _never,
+    cedes: Callable[..., bool | None] = _never,
+    how: Callable[..., str | None] = _never,
 ) -> Callable:
     """Decorator: enter a function into the table as `backend`'s kernel for `op`."""
 
     def enter(run: Callable) -> Callable:
-        TABLE.setdefault(op, {})[backend] = Kernel(run, cannot, cedes)
+        TABLE.setdefault(op, {})[backend] = Kernel(run, cannot, cedes, how)
         return run
 
     return enter
@@ -137,7 +142,7 @@ def cedes(op: str, args: tuple) -> bool:
 
 
 def explain(op: str, *args) -> dict[str, str]:
-    """For each backend, "chosen", "can run this", or the reason why not.
+    """For each backend, "chosen" (with the algorithm, if it has several), "can run this", or the reason why not.
 
     This is about the registered op. Before it is called, the public functions hand tiny calls on CPU tensors to eager
     PyTorch, unless a backend is forced; each says in its documentation how small that is.
@@ -160,7 +165,8 @@ def explain(op: str, *args) -> dict[str, str]:
         order = (_forced,) if _forced else ORDER.get(_device_type(args), ("reference",))
         chosen = next((b for b in order if answer[b] == "can run this"), None)
         if chosen:
-            answer[chosen] = "chosen"
+            how = TABLE[op][chosen].how(*args)
+            answer[chosen] = f"chosen: {how}" if how else "chosen"
     return answer
 
 

@@ -149,3 +149,27 @@ def test_pooling_moves_16_bytes_at_a_time(kernels):
         assert len(vectors) == 4
         for kernel in vectors:
             assert accesses(kernel, "ld") and accesses(kernel, "st"), kernel.name
+
+
+GEMM = [
+    ("conv2d_implicit_gemm", "convolve", "ldmatrix.sync.aligned.m8n8.x4.shared.b16"),
+    ("conv2d_implicit_gemm_backward_weight", "backward_weight", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"),
+]
+
+
+@pytest.mark.parametrize(("source", "name", "matrices"), GEMM)
+def test_convolutions_use_tensor_cores_and_copy_asynchronously(kernels, source, name, matrices):
+    for kernel in of(kernels, source, name):
+        products = len(re.findall(r"mma\.sync\.aligned\.m16n8k(?:16|8)\.row\.col\.f32\.(?:f16|bf16|tf32)", kernel.ptx))
+        passes = 3 if kernel.name.startswith(f"{name}<float, true") else 1
+        assert products == 2 * passes * (16 if ", true>" in kernel.name else 8), f"{kernel.name}: {products} products"
+        assert matrices in kernel.ptx or "float" in kernel.name, kernel.name  # it does not transpose 32-bit numbers
+        assert "cp.async.cg.shared.global" in kernel.ptx, kernel.name
+
+
+@pytest.mark.parametrize(("source", "name", "matrices"), GEMM)
+def test_two_blocks_of_a_convolution_fit_a_multiprocessor(kernels, source, name, matrices):
+    """In 16 bits, with 256 threads and large tiles: at most 128 registers of 65536 / 512."""
+    for k in kernels[source]:
+        if re.match(rf"{name}<__\w+, false, true>", k.name):
+            assert k.registers <= 128, f"{k.name} on sm_{k.architecture}: {k.registers} registers"

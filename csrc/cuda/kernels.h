@@ -18,6 +18,17 @@ using Stream = CUstream_st*;             // cudaStream_t
 using Settings = std::array<double, 8>;  // of an optimizer: four numbers for a weight, four for its bias
 
 #define PYFUSED_CUDA_KERNELS(K)                                                                                        \
+  K(conv2d_bias_relu, (View x, View bias, Stream stream))                                                              \
+  K(conv2d_relu_grad, (View g, View d_bias, View workspace, View grad, View output, Stream stream))                    \
+  K(conv2d_implicit_gemm,                                                                                              \
+    (View out, View code, View input, View weight, View bias, int stride_h, int stride_w, int padding_h,               \
+     int padding_w, int dilation_h, int dilation_w, bool exact, bool large, Stream stream))                            \
+  K(conv2d_implicit_gemm_backward_weight,                                                                              \
+    (View d_weight, View d_bias, View workspace, View grad, View saved, View input, int stride_h, int stride_w,        \
+     int padding_h, int padding_w, int dilation_h, int dilation_w, bool exact, bool large, Stream stream))             \
+  K(conv2d_implicit_gemm_backward_input,                                                                               \
+    (View d_input, View grad, View saved, View weight, int stride_h, int stride_w, int padding_h, int padding_w,       \
+     int dilation_h, int dilation_w, bool exact, bool large, Stream stream))                                           \
   K(conv2d_direct, (View out, View code, View input, View weight, View bias, int64_t stride_h, int64_t stride_w,       \
                     int64_t pad_h, int64_t pad_w, Stream stream))                                                      \
   K(conv2d_direct_backward_weight, (View d_weight, View d_bias, View workspace, View grad, View saved, View input,     \

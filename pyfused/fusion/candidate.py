@@ -110,7 +110,7 @@ class _Ops(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "pyfused":
             op = function.name().partition("::")[2]
-            self.chosen += [b for b, answer in dispatch.explain(op, *args).items() if answer == "chosen"]
+            self.chosen += [b for b, answer in dispatch.explain(op, *args).items() if answer.startswith("chosen")]
         return function(*args, **(kwargs or {}))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-OWN = ("planted.cu", "scheduler.cpp", "memory_check.cpp", "module.cpp")
+OWN = ("planted.cu", "fragments.cu", "scheduler.cpp", "memory_check.cpp", "module.cpp")
 # device.cu asks the CUDA runtime about devices, of which the emulation has none.
 NOT_EMULATED = ("device.cu",)
 

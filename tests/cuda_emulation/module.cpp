@@ -88,6 +88,7 @@ PYBIND11_MODULE(_cuda_emulation, m) {
   m.def("set_seed", &cuda_emulation::set_seed, py::arg("seed"), "Choose the order of blocks and threads.");
   m.def("cuda_check_errors", &check_errors);
   define(m, "planted", "(View data, View workspace, int bug, Stream stream)", &cuda::planted);
+  define(m, "fragments", "(View d, View a, View b, int how, Stream stream)", &cuda::fragments);
   m.attr("checked") = cuda_emulation::kChecked;
 #define PYFUSED_BIND(name, arguments) define(m, "cuda_" #name, #arguments, &cuda::name);
   PYFUSED_CUDA_KERNELS(PYFUSED_BIND)

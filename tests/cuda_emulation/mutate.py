@@ -3,7 +3,8 @@
     python tests/cuda_emulation/mutate.py [part of a file or of a description]
 
 Every mutant must be caught, by wrong values or by the emulation's checks; one that survives shows what no test looks
-at. The bugs stand in mutations/<op>.txt, see `read`; a new op brings a file of its own. Some 15 s each, two at a time.
+at. The bugs stand in mutations/<op>.txt, see `read`; a new op brings a file of its own. Where there is a
+test_cuda_<op>.py, that alone must notice. Some 15 s each, two at a time.
 """
 
 from __future__ import annotations
@@ -29,18 +30,29 @@ class Mutation:
     what: str
     old: str
     new: str
-    tests: str  # pytest's -k for the case table
+    tests: list[str]  # pytest's arguments
 
 
 def read(path: Path) -> list[Mutation]:
     """First "tests: KEYWORDS"; for each mutation "@ FILE: WHAT", "- " lines to replace and "+ " lines instead."""
     head, *blocks = path.read_text().split("\n@ ")
+    tests = _tests(path.stem, head.strip().removeprefix("tests: "))
     mutations = []
     for block in blocks:
         (file, what), *lines = block.split("\n")[0].split(": ", 1), *block.split("\n")[1:]
         old, new = ("\n".join(x[2:] for x in lines if x[:1] == sign) for sign in "-+")
-        mutations.append(Mutation(file, what, old, new, head.strip().removeprefix("tests: ")))
+        mutations.append(Mutation(file, what, old, new, tests))
     return mutations
+
+
+def _tests(op: str, keywords: str) -> list[str]:
+    """pytest's arguments; keywords: its -k for the case table."""
+    own = TESTS / f"test_cuda_{op}.py"
+    if own.exists():
+        return [str(own)]
+    which = f"((cuda-emulated and {keywords}) or (test_cuda_emulation and not sanitizers and not planted))"
+    files = ("forward", "backward", "optim", "conv2d_relu", "cuda_emulation")
+    return ["-k", f"{which} and not float64", *(str(TESTS / f"test_{name}.py") for name in files)]
 
 
 def run(mutation: Mutation) -> tuple[bool, str]:
@@ -56,10 +68,7 @@ def run(mutation: Mutation) -> tuple[bool, str]:
             library = build.build("check", csrc)
         except subprocess.CalledProcessError:
             return False, "does not compile"
-        which = f"((cuda-emulated and {mutation.tests}) or (test_cuda_emulation and not sanitizers and not planted))"
-        files = ("forward", "backward", "optim", "conv2d_relu", "cuda_emulation")
-        tests = [str(TESTS / f"test_{name}.py") for name in files]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-k", f"{which} and not float64", *tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", *mutation.tests]
         environment = {**os.environ, "PYFUSED_EMULATION": str(library)}
         try:
             ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)

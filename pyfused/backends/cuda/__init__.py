@@ -6,7 +6,7 @@ from ... import _binary
 
 if _binary._C is not None:
     from . import (  # noqa: F401
-        conv2d_direct,
+        conv2d_relu,
         conv2d_relu_max_pool2d,
         cross_entropy,
         embedding_dot,

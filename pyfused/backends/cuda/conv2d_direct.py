@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 
 from ... import _C
-from ...dispatch import kernel
 from ...ops import conv2d_relu as op
 
 _PARTS = 256  # blocks of the weight gradient, about two a multiprocessor
@@ -58,25 +57,3 @@ def backward(grad, saved, input, weight, stride, padding, needed, masked: Callab
         options = (stride, padding, (1, 1), 1)
         d_input = op.convolution_backward(masked(), input, weight, *options, [True, False, False])[0]
     return d_input, d_weight, d_bias
-
-
-# --- The registered ops; what the direct kernels do not take is PyTorch's.
-@kernel("conv2d_relu", "cuda")
-def relu_forward(*args):
-    input, weight, bias, stride, padding, dilation, groups = args
-    out = op.alloc(*args)
-    if cannot(input, weight, stride, padding, dilation, groups):
-        found = torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
-        return op.conform(found.relu_(), out)
-    forward(out, None, input, weight, bias, stride, padding)
-    return out
-
-
-@kernel("conv2d_relu_backward", "cuda")
-def relu_backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
-    def masked():
-        return torch.ops.aten.threshold_backward(grad, output, 0)
-
-    if cannot(input, weight, stride, padding, dilation, groups):
-        return op.convolution_backward(masked(), input, weight, stride, padding, dilation, groups, needed)
-    return backward(grad, output, input, weight, stride, padding, needed, masked)

@@ -1,5 +1,5 @@
-"""conv2d_relu_max_pool2d on CUDA: the direct kernels where they pool in registers (first layers, 2x2), else PyTorch's
-convolution with csrc/cuda/conv2d_pool.cu after it, in backward before it."""
+"""conv2d_relu_max_pool2d on CUDA, by the algorithms of conv2d_relu.py. The direct kernels and the implicit GEMM pool
+2x2 windows themselves; else csrc/cuda/conv2d_pool.cu comes after the convolution, in backward before it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ...dispatch import kernel
 from ...ops import conv2d_relu as conv
 from ...ops import conv2d_relu_max_pool2d as op
 from . import conv2d_direct as direct
+from . import conv2d_relu as relu
 
 
 def _cannot(input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride) -> str | None:
@@ -24,26 +25,51 @@ def _cannot_backward(grad, input, weight, code, *options_and_needed) -> str | No
     return _cannot(input, weight, None, *options_and_needed[:-1])
 
 
-def _is_direct(input, weight, stride, padding, dilation, groups, pool_size, pool_stride) -> bool:
-    pools = tuple(pool_size) == tuple(pool_stride) == (2, 2)
-    return pools and direct.cannot(input, weight, stride, padding, dilation, groups) is None
+def _how(*args) -> str:
+    return ", ".join(relu.choose(*args[:2], *args[3:7], pooled=True))
 
 
-@kernel("conv2d_relu_max_pool2d", "cuda", _cannot)
+def _how_backward(*args) -> str:
+    return ", ".join(relu.choose(*args[1:3], *args[4:8], backward=True))
+
+
+def _is_2x2(pool_size, pool_stride) -> bool:
+    """Whether the kernels that pool themselves serve this."""
+    return tuple(pool_size) == tuple(pool_stride) == (2, 2)
+
+
+@kernel("conv2d_relu_max_pool2d", "cuda", _cannot, how=_how)
 def forward(*args):
     input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride = args
     out, code = op.alloc(*args)
-    if _is_direct(input, weight, stride, padding, dilation, groups, pool_size, pool_stride):
-        direct.forward(out, code, input, weight, bias, stride, padding)
-    else:
-        activation = torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
-        activation = activation.contiguous(memory_format=conv.memory_format(input, weight))
-        _C.cuda_relu_max_pool2d(out, code, activation, *pool_size, *pool_stride)
-    return out, code
+    chosen, _ = relu.choose(input, weight, stride, padding, dilation, groups, pooled=True)
+
+    def filled(run, *given):
+        run(out, code, *given)
+        return out, code
+
+    def separate():
+        if chosen != "cudnn":
+            activation = relu.forward(*args[:7])
+        else:
+            activation = torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+            activation = activation.contiguous(memory_format=conv.memory_format(input, weight))
+        return filled(_C.cuda_relu_max_pool2d, activation, *pool_size, *pool_stride)
+
+    if not _is_2x2(pool_size, pool_stride):
+        return separate()
+    candidates = {"cudnn": separate}
+    if chosen == "direct":
+        candidates["direct"] = lambda: filled(direct.forward, *args[:5])
+    elif not relu.cannot_gemm(input, weight, stride, groups):
+        candidates["implicit_gemm"] = lambda: filled(relu.gemm, *args[:6])
+    return relu.run(candidates, chosen, "pool", *args)
 
 
-@kernel("conv2d_relu_max_pool2d_backward", "cuda", _cannot_backward)
+@kernel("conv2d_relu_max_pool2d_backward", "cuda", _cannot_backward, how=_how_backward)
 def backward(grad, input, weight, code, stride, padding, dilation, groups, pool_size, pool_stride, needed):
+    options = (stride, padding, dilation, groups)
+    chosen, _ = relu.choose(input, weight, *options, backward=True)
     grad = grad.contiguous(memory_format=conv.memory_format(code))
 
     def unpooled():
@@ -52,13 +78,26 @@ def backward(grad, input, weight, code, stride, padding, dilation, groups, pool_
         _C.cuda_relu_max_unpool2d(g, grad, code, *pool_size, *pool_stride)
         return g
 
-    if _is_direct(input, weight, stride, padding, dilation, groups, pool_size, pool_stride):
-        return direct.backward(grad, code, input, weight, stride, padding, needed, unpooled)
-    d_input, d_weight, d_bias = conv.alloc_grads(input, weight, needed)
-    if needed[0] or needed[1]:
-        options = (stride, padding, dilation, groups)
-        d_input, d_weight, _ = conv.convolution_backward(unpooled(), input, weight, *options, [*needed[:2], False])
-    if needed[2]:
-        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        d_bias.copy_(torch.where(code == op.DEAD, 0, grad).sum((0, 2, 3), dtype=dtype))
-    return d_input, d_weight, d_bias
+    def by_cudnn():
+        d_input, d_weight, d_bias = conv.alloc_grads(input, weight, needed)
+        if needed[0] or needed[1]:
+            d_input, d_weight, _ = conv.convolution_backward(unpooled(), input, weight, *options, [*needed[:2], False])
+        if needed[2]:
+            dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            d_bias.copy_(torch.where(code == op.DEAD, 0, grad).sum((0, 2, 3), dtype=dtype))
+        return d_input, d_weight, d_bias
+
+    def by_gemm():
+        given, saved = (grad, code) if _is_2x2(pool_size, pool_stride) else (unpooled(), None)
+        return relu.gemm_backward(given, input, weight, saved, *options[:3], needed)
+
+    candidates = {"cudnn": by_cudnn}
+    if chosen == "direct":
+        if _is_2x2(pool_size, pool_stride):
+            candidates["direct"] = lambda: direct.backward(grad, code, input, weight, stride, padding, needed, unpooled)
+        else:
+            chosen = "cudnn"
+    elif not relu.cannot_gemm(input, weight, stride, groups):
+        candidates["implicit_gemm"] = by_gemm
+    key = ("pool backward", grad, input, weight, *options, pool_size, pool_stride, tuple(needed))
+    return relu.run(candidates, chosen, *key)
