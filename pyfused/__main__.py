@@ -140,6 +140,9 @@ def train(
     ] = False,
     fold: Annotated[int | None, typer.Option(min=0, max=4, help="image-folder, mf, dot-concat: test fold.")] = None,
     split: Annotated[Split | None, typer.Option(help="bpr, two-tower: what is held out.", show_default="last")] = None,
+    known_negatives: Annotated[
+        bool | None, typer.Option("--known-negatives", help="two-tower: also items that the user has seen.")
+    ] = None,
     augment: Annotated[bool | None, typer.Option("--augment", help="image-folder: crops, mirror images.")] = None,
     skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="image-folder: skip unusable files.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -153,6 +156,7 @@ def train(
     from . import command
 
     settings = {"fold": fold, "split": split and split.value, "augment": augment, "skip_bad": skip_bad}
+    settings |= {"known_negatives": known_negatives}
     options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "mode": mode.value, "precision": precision.value}
     options |= {"channels_last": mode is Mode.fused if channels_last is None else channels_last, "device": device}
     options |= {"step_in_backward": step_in_backward, "workers": workers, "seed": seed}

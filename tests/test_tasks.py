@@ -8,7 +8,7 @@ from small_data import folder, one_thread  # noqa: F401  (fixtures)
 from test_train import run, small_models, task_of  # noqa: F401
 
 from pyfused.tasks import TASKS, make_task
-from pyfused.tasks.ranking import InBatch, InBatchSoftmax, SampledNegatives
+from pyfused.tasks.ranking import InBatch, InBatchUnstored, SampledNegatives
 from pyfused.tasks.ratings import Ratings, SquaredError
 
 
@@ -90,23 +90,29 @@ def test_one_negative_is_bpr(folder, monkeypatch):  # noqa: F811
     torch.testing.assert_close(task.step(model, False)(user, items, masked), expected)
 
 
-def test_the_in_batch_softmax_by_hand(folder):  # noqa: F811
-    """Also fused, and of a part of the batch: pair by pair, without accidental hits, with -log q."""
-    task = InBatch(folder)
+@pytest.mark.parametrize("known_negatives", [False, True])
+def test_the_in_batch_softmax_by_hand(folder, known_negatives):  # noqa: F811
+    """Also fused, and of a part of the batch: pair by pair, with -log q, without what is no negative."""
+    task = InBatch(folder, known_negatives=known_negatives)
     model = task.model()
     torch.nn.init.normal_(model.item_bias.weight)
     rows = torch.arange(40)
-    user, item, own, log_q = task.batch(rows, slice(None), None)
+    user, item, own, log_q, masked = task.batch(rows, slice(None), None)
     assert len(item.unique()) < 40  # there are accidental hits
+    rated = set(zip(task.train_rows.user.tolist(), task.train_rows.item.tolist()))
     users, items, bias = model.factors()
     losses = []
     for b in range(40):
-        columns = [c for c in range(40) if c == b or item[c] != item[b]]
+        others = [c for c in range(40) if c != b and item[c] != item[b]]
+        if not known_negatives:
+            others = [c for c in others if (user[b].item(), item[c].item()) not in rated]
+        columns = [b, *others]
         scores = users[user[b]] @ items[item[columns]].T + bias[item[columns]] - log_q[columns]
-        losses.append(scores.logsumexp(0) - scores[columns.index(b)])
+        losses.append(scores.logsumexp(0) - scores[0])
     for fused in (False, True):
-        step = InBatchSoftmax(model, fused)
-        torch.testing.assert_close(step(user, item, own, log_q), torch.stack(losses).mean())
+        step = task.step(model, fused)
+        assert isinstance(step, InBatchUnstored) == (fused and known_negatives)
+        torch.testing.assert_close(step(user, item, own, log_q, masked), torch.stack(losses).mean())
         part = task.batch(rows, slice(5, 12), None)
         torch.testing.assert_close(step(*part), torch.stack(losses[5:12]).mean())
     frequency = task.train_rows.item.bincount(minlength=40) / task.size

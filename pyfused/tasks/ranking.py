@@ -119,6 +119,10 @@ class SampledSoftmax(nn.Module):
 class InBatch(Ranking):
     """Two towers, each pair's item against the items of the others in the batch, with the logQ correction.
 
+    Items that the user is known to have seen are no negatives. With `known_negatives` they are, as in most two-tower
+    training, and only the pair's own item in another pair, an accidental hit, is none: then the fused loss is
+    functional.in_batch_cross_entropy, which stores no scores.
+
     `log_q_power`: of the items' frequencies, which are the probabilities of meeting them in a batch. 1 makes the loss
     that of a softmax over all items (Yi et al., RecSys 2019), 0 leaves popularity out of the scores.
     """
@@ -127,8 +131,11 @@ class InBatch(Ranking):
     epochs, batch_size, lr = 30, 256, 1e-3
     dim, temperature, log_q_power = 32, 0.15, 0.75
 
-    def __init__(self, folder: str | Path | None = None, split: str = "last", split_seed: int = 0):
+    def __init__(
+        self, folder: str | Path | None = None, split: str = "last", split_seed: int = 0, known_negatives: bool = False
+    ):
         super().__init__(folder, split, split_seed)
+        self.known_negatives = self.settings["known_negatives"] = known_negatives
         frequency = self.train_rows.item.bincount(minlength=self.num_items) / self.size
         self.log_q = self.log_q_power * frequency.clamp(min=1 / self.size).log()
 
@@ -136,27 +143,34 @@ class InBatch(Ranking):
         return super().arguments() | {"temperature": self.temperature}
 
     def step(self, model: nn.Module, fused: bool) -> nn.Module:
-        return InBatchSoftmax(model, fused)
+        return (InBatchUnstored if fused and self.known_negatives else InBatchSoftmax)(model)
 
-    def batch(self, rows: Tensor, own: slice, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        item = self.train_rows.item[rows]
-        return self.train_rows.user[rows[own]], item, torch.arange(len(rows))[own], self.log_q[item]
+    def batch(self, rows: Tensor, own: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """(own users [b], all items [B], the own pairs' places [b], log q [B], no negatives [b, B])."""
+        user, item, place = self.train_rows.user[rows[own]], self.train_rows.item[rows], torch.arange(len(rows))
+        masked = item[own, None] == item if self.known_negatives else self.seen[user[:, None], item]
+        return user, item, place[own], self.log_q[item], masked & (place[own, None] != place)
 
 
 class InBatchSoftmax(nn.Module):
-    """Cross-entropy of the users [b] of pairs own [b] over the items [B] of the whole batch, which may be several
-    processes'. Another pair with the same item, an accidental hit, is no negative."""
+    """Cross-entropy of the users [b] of pairs `own` [b] over the items [B] of the whole batch, several processes'."""
 
-    def __init__(self, model: TwoTower, fused: bool):
+    def __init__(self, model: TwoTower):
         super().__init__()
-        self.model, self.fused = model, fused
+        self.model = model
 
-    def forward(self, user: Tensor, item: Tensor, own: Tensor, log_q: Tensor) -> Tensor:
-        scale = 1 / self.model.temperature
-        if self.fused and len(user) == len(item):
-            unique, item = item.unique(return_inverse=True)  # the fused loss tells accidental hits by their ids
-            return functional.in_batch_cross_entropy(own, item, *self.model(user, unique), log_q=log_q, scale=scale)
+    def forward(self, user: Tensor, item: Tensor, own: Tensor, log_q: Tensor, masked: Tensor) -> Tensor:
         users, items, bias = self.model(user, item)
-        scores = scale * (users @ items.T) + bias - log_q
-        hits = (item[own, None] == item) & (own[:, None] != torch.arange(len(item), device=item.device))
-        return F.cross_entropy(scores.masked_fill(hits, -torch.inf), own)
+        scores = users @ items.T / self.model.temperature + (bias - log_q)
+        return F.cross_entropy(scores.masked_fill(masked, -torch.inf), own)
+
+
+class InBatchUnstored(InBatchSoftmax):
+    """The same by functional.in_batch_cross_entropy, which finds accidental hits by itself; it wants a whole batch."""
+
+    def forward(self, user: Tensor, item: Tensor, own: Tensor, log_q: Tensor, masked: Tensor) -> Tensor:
+        if len(user) < len(item):
+            return super().forward(user, item, own, log_q, masked)
+        unique, item = item.unique(return_inverse=True)
+        scale = 1 / self.model.temperature
+        return functional.in_batch_cross_entropy(own, item, *self.model(user, unique), log_q=log_q, scale=scale)
