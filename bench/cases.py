@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from .models import MnistStep, RecommenderStep
+from .networks import GPTStep, ResNetStep
 from .workloads import Case, Conv, CrossEntropy, EmbeddingDot, InBatchCrossEntropy, LinearCrossEntropy
 
 BF16 = torch.bfloat16
@@ -54,6 +55,9 @@ FULL: list[Case] = [
         for rows, why in [(1_000_000, "a million rows: sparse gradients only")]
         for optimizer in ("SGD", "Adagrad", "Adam")
     ],
+    ResNetStep(depth=18, shape=(8, 3, 224, 224), why="BatchNorm between convolution and ReLU"),
+    ResNetStep(depth=50, shape=(4, 3, 224, 224), why="bottlenecks: mostly 1x1"),
+    GPTStep(batch=4, context=256, why="a head of GPT-2's vocabulary over a small body"),
 ]
 
 QUICK: list[Case] = [
@@ -77,6 +81,8 @@ QUICK: list[Case] = [
     MnistStep(batch=32, why="the demo's network"),
     RecommenderStep(batch=1024, users=943, items=1682, dim=32, why="the demo's recommender"),
     RecommenderStep(batch=4096, users=20_000, items=20_000, dim=32, sparse=True, why="sparse gradients and SGD"),
+    ResNetStep(depth=18, shape=(4, 3, 64, 64), why="BatchNorm between convolution and ReLU"),
+    GPTStep(batch=2, context=64, vocabulary=2000, dim=64, layers=2, why="attention, and a head with a loss"),
 ]
 
 
