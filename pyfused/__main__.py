@@ -157,6 +157,7 @@ def train(
 
     settings = {"fold": fold, "split": split and split.value, "augment": augment, "skip_bad": skip_bad}
     settings |= {"known_negatives": known_negatives}
+    settings |= {"workers": workers} if model is Model.image_folder else {}
     options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "mode": mode.value, "precision": precision.value}
     options |= {"channels_last": mode is Mode.fused if channels_last is None else channels_last, "device": device}
     options |= {"step_in_backward": step_in_backward, "workers": workers, "seed": seed}

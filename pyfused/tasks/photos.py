@@ -33,7 +33,7 @@ class Photos(Task):
         workers: int = 0,
     ):  # fmt: skip
         folder = data.food_photos() if folder is None else Path(folder)
-        self.augment, self.settings = augment, {"fold": fold, "augment": augment}
+        self.augment, self.settings = augment, {"fold": fold, "augment": augment, "skip_bad": skip_bad}
         if (folder / "train_data").is_dir() and fold is None:
             self.train = data.usable(data.photo_folder(folder / "train_data"), skip_bad, workers)
             test = data.photo_folder(folder / "test_data", self.train.classes)

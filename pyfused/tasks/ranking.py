@@ -128,8 +128,8 @@ class InBatch(Ranking):
     """
 
     name, network = "two-tower", TwoTower
-    epochs, batch_size, lr = 30, 256, 1e-3
-    dim, temperature, log_q_power = 32, 0.15, 0.75
+    epochs, batch_size, lr = 20, 256, 1e-3
+    dim, temperature, log_q_power = 64, 0.15, 1.0
 
     def __init__(
         self, folder: str | Path | None = None, split: str = "last", split_seed: int = 0, known_negatives: bool = False
