@@ -140,7 +140,7 @@ def work(job: Job, pipe: Connection) -> None:
         reset_peak_memory()
         with contextlib.suppress(EOFError, BrokenPipeError):  # the demo is done, or was stopped
             while pipe.recv():
-                pipe.send(("epoch", (next(rows), peak_memory())))
+                pipe.send(("epoch", (next(rows), peak_memory(job.options.device))))
     except Exception:
         pipe.send(("error", traceback.format_exc()))
 
@@ -151,8 +151,10 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int:
-    """Most bytes this process had resident. On Linux not ru_maxrss: that is inherited from the parent process."""
+def peak_memory(device: str = "cpu") -> int:
+    """Most bytes this process had resident, or allocated on a GPU. On Linux not ru_maxrss, which is the parent's too."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)

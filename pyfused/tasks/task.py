@@ -70,19 +70,12 @@ class Task(Dataset):
         return self.batch(rows, own, torch.Generator().manual_seed(seed))
 
 
-class WithLoss(nn.Module):
-    """criterion(model(*inputs), target)."""
-
-    def __init__(self, model: nn.Module, criterion: nn.Module):
-        super().__init__()
-        self.model, self.criterion = model, criterion
-
-
-class Classification(WithLoss):
-    """Softmax cross-entropy of images or token sequences."""
+class Classification(nn.Module):
+    """Softmax cross-entropy."""
 
     def __init__(self, model: nn.Module):
-        super().__init__(model, nn.CrossEntropyLoss())
+        super().__init__()
+        self.model, self.criterion = model, nn.CrossEntropyLoss()
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         return self.criterion(self.model(inputs), labels)
