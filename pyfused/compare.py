@@ -152,7 +152,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Most bytes this process had resident, or allocated on a GPU. On Linux not ru_maxrss, which is the parent's too."""
+    """Most bytes this process had resident, or allocated on a GPU. On Linux not ru_maxrss: the parent's counts too."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
