@@ -19,8 +19,8 @@ class Ratings(Task):
     """Matrix factorisation with biases, squared error and a weight on the rows that a batch uses, as in Surprise."""
 
     name, network, metrics = "mf", MatrixFactorization, ("rmse",)
-    epochs, batch_size, lr = 30, 512, 2e-3
-    dim, penalty = 64, 0.02
+    epochs, batch_size, lr = 40, 1024, 2e-3
+    dim, penalty, std = 32, 0.1, 0.05
 
     def __init__(self, folder: str | Path | None = None, fold: int = 0):
         if not 0 <= fold < FOLDS:
@@ -34,7 +34,8 @@ class Ratings(Task):
         self.shape = {"num_users": len(self.ratings.user_ids), "num_items": len(self.ratings.item_ids)}
 
     def arguments(self) -> dict:
-        return self.shape | {"dim": self.dim, "user_bias": True, "mean": self.train_rows.rating.mean().item()}
+        mean = self.train_rows.rating.mean().item()
+        return self.shape | {"dim": self.dim, "user_bias": True, "mean": mean, "std": self.std}
 
     def step(self, model: nn.Module, fused: bool) -> nn.Module:
         return SquaredError(model, self.penalty)
