@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
+from pyfused.models import resnet18, resnet50
 
 from . import networks
 from .harness import Contender
@@ -55,7 +56,7 @@ def example_of(make: Callable, shape: tuple[int, ...], device: torch.device):
 
 @dataclass(frozen=True, kw_only=True)
 class FusedModel(Case):
-    """A training step with SGD, or the outputs, of a network from networks.py; `sizes` are its arguments."""
+    """A training step with SGD, or the outputs, of a network; `sizes` are its arguments."""
 
     op: ClassVar[str] = "fused_model"
     gradient_tolerance: ClassVar[float] = 5e-2
@@ -122,7 +123,8 @@ class FusedModel(Case):
 
 
 FULL: list[Case] = [
-    FusedModel(make=networks.resnet18, shape=(8, 3, 224, 224), why="residual blocks; norms fold in inference"),
+    FusedModel(make=resnet18, shape=(8, 3, 224, 224), why="residual blocks; norms fold in inference"),
+    FusedModel(make=resnet50, shape=(4, 3, 224, 224), why="bottlenecks: mostly 1x1"),
     FusedModel(make=networks.vgg11, shape=(8, 3, 224, 224), why="plain 3x3 convolutions, ReLU, pools"),
     FusedModel(make=networks.detector, shape=(8, 3, 320, 320), why="SiLU"),
 ]
@@ -136,6 +138,6 @@ if importlib.util.find_spec("transformers"):
         FusedModel(make=networks.wav2vec2, sizes=(256, 2), shape=(4, 16000), why="convolutions of rows with GELU"),
     ]
 QUICK: list[Case] = [
-    FusedModel(make=networks.resnet18, sizes=(10,), shape=(2, 3, 64, 64), why="residual blocks"),
+    FusedModel(make=resnet18, sizes=(10,), shape=(2, 3, 64, 64), why="residual blocks"),
     FusedModel(make=networks.detector, sizes=(10,), shape=(2, 3, 64, 64), why="SiLU"),
 ]

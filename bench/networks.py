@@ -1,39 +1,8 @@
-"""Networks as other people write them, for pyfused.fuse: nothing in here knows of pyfused."""
+"""Networks as other people write them, for pyfused.fuse, besides the ResNets of pyfused.models."""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
-
-
-class BasicBlock(nn.Module):
-    """ResNet-18's block (He et al. 2015): two 3x3 convolutions with norms, added to the input."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.bn1, self.bn2, self.relu = nn.BatchNorm2d(out), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
-
-
-def resnet18(classes: int = 1000) -> nn.Module:
-    stem = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
-    blocks, channels = [], 64
-    for stage, out in enumerate((64, 128, 256, 512)):
-        for block in range(2):
-            blocks.append(BasicBlock(channels, out, 2 if stage and not block else 1))
-            channels = out
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)]
-    return nn.Sequential(*stem, nn.MaxPool2d(3, 2, padding=1), *blocks, *head)
 
 
 def vgg11(classes: int = 1000) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The command line: pyfused info | check | bench | train | demo (also python -m pyfused)."""
+"""The command line: pyfused info | check | bench | train | recommend | demo (also python -m pyfused)."""
 
 import contextlib
 import platform
@@ -23,16 +23,42 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console()
-DATA_HELP = "Folder with the data (MNIST IDX files; u.data, ratings.csv or .inter). Without it: cache, or download."
+DATA_HELP = (
+    "Where the data is: a folder with MNIST IDX files, with u.data, ratings.csv or .inter, or with train_data/ and "
+    "test_data/CLASS/*.jpg (or CLASS/*.jpg); for gpt a text file. Without it: cache, or download."
+)
 SHORT = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 Data = Annotated[Path | None, typer.Option(help=DATA_HELP, show_default=False)]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's default.")]
 Seed = Annotated[int, typer.Option(help="Of the initial parameters, the order of examples and the negatives.")]
 
 
-class Task(str, Enum):
-    cnn = "cnn"
-    recommender = "recommender"
+class Model(str, Enum):
+    small_cnn = "small-cnn"
+    mnist_cnn = "mnist-cnn"
+    image_folder = "image-folder"
+    dot_concat = "dot-concat"
+    mf = "mf"
+    bpr = "bpr"
+    two_tower = "two-tower"
+    gpt = "gpt"
+
+
+class Mode(str, Enum):
+    eager = "eager"
+    compile = "compile"
+    fused = "fused"
+
+
+class Precision(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Split(str, Enum):
+    last = "last"
+    random = "random"
 
 
 def main() -> None:
@@ -98,62 +124,79 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def train(
-    task: Annotated[Task, typer.Argument(help="cnn: MNIST digits; recommender: MovieLens films.")],
+    model: Annotated[Model, typer.Argument(help="Each with its data, real and fetched unless --data names others.")],
     data: Data = None,
-    fused: Annotated[bool, typer.Option("--fused/--eager", help="Fused ops, or plain eager PyTorch.")] = True,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 5 (cnn), 10 (recommender).")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 64 (cnn), 512 (recommender).")] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Initial learning rate. Default: 0.001, 0.005.")] = None,
+    mode: Annotated[Mode, typer.Option(help="Plain PyTorch, torch.compile, or pyfused.fuse.")] = Mode.fused,
+    compare: Annotated[bool, typer.Option("--compare", help="All modes, one seed: time, memory, quality.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: the model's, as for the next two.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Of each process.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Initial learning rate; it falls linearly to 2%.")] = None,
+    precision: Annotated[Precision, typer.Option(help="16 bits: autocast.")] = Precision.float32,
+    channels_last: Annotated[
+        bool | None, typer.Option(help="Memory format of convolutions. Default: if fused.", show_default=False)
+    ] = None,
+    step_in_backward: Annotated[
+        bool, typer.Option("--step-in-backward", help="mf, bpr: pyfused.optim.Adam, no gradients of tables.")
+    ] = False,
+    fold: Annotated[int | None, typer.Option(min=0, max=4, help="image-folder, mf, dot-concat: test fold.")] = None,
+    split: Annotated[Split | None, typer.Option(help="bpr, two-tower: what is held out.", show_default="last")] = None,
+    known_negatives: Annotated[
+        bool | None, typer.Option("--known-negatives", help="two-tower: also items that the user has seen.")
+    ] = None,
+    augment: Annotated[bool | None, typer.Option("--augment", help="image-folder: crops, mirror images.")] = None,
+    skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="image-folder: skip unusable files.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read and decode.")] = 0,
     seed: Seed = 0,
     threads: Threads = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the curves (CSV) and the trained parameters (.pt).")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint (.pt) and the curves.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the checkpoint in --out.")] = False,
 ) -> None:
-    """Train one model on real data and print its test results after every epoch."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Train a model; print its test results after every epoch. For several processes: torchrun -m pyfused train."""
+    from . import command
 
-    from .train import TASKS, steps_per_epoch, write_csv
-    from .train import train as run
-
+    settings = {"fold": fold, "split": split and split.value, "augment": augment, "skip_bad": skip_bad}
+    settings |= {"known_negatives": known_negatives}
+    settings |= {"workers": workers} if model is Model.image_folder else {}
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "mode": mode.value, "precision": precision.value}
+    options |= {"channels_last": mode is Mode.fused if channels_last is None else channels_last, "device": device}
+    options |= {"step_in_backward": step_in_backward, "workers": workers, "seed": seed}
     torch.set_num_threads(threads or torch.get_num_threads())
     with readable_errors():
-        job = TASKS[task.value](data)
-        if hasattr(job, "popularity"):
-            console.print(f"for comparison, popularity: {describe(job.popularity())}", highlight=False)
-        model = job.model(fused, seed)
-        total = (epochs or job.epochs) * steps_per_epoch(job, batch_size or job.batch_size)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        rows = []
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task(f"{task.value}, {'fused' if fused else 'eager'}", total=total)
-            options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-            for row in run(job, model, **options, on_step=lambda step: progress.update(bar, completed=step)):
-                progress.console.print(describe(row), highlight=False)
-                rows.append(row)
-    if out:
-        stem = f"{task.value}-{'fused' if fused else 'eager'}"
-        write_csv(rows, out / f"{stem}.csv")
-        torch.save(model.state_dict(), out / f"{stem}.pt")
-        console.print(f"curves and parameters are in {out / stem}.csv and .pt", highlight=False)
+        run = command.compare if compare else command.train
+        run(model.value, data, settings, options, out, resume, console)
+
+
+@app.command()
+def recommend(
+    checkpoint: Annotated[Path, typer.Argument(help="What pyfused train wrote for mf, bpr, two-tower or dot-concat.")],
+    user: Annotated[int, typer.Option(help="The user's id in the data.")],
+    top: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+    seen: Annotated[bool, typer.Option("--seen", help="Also items that the user has rated.")] = False,
+) -> None:
+    """Print the items that a trained recommender ranks first for a user."""
+    from .recommend import recommend as best
+
+    with readable_errors():
+        table = Table("rank", "item", "score")
+        for rank, (item, score) in enumerate(best(checkpoint, user, top, seen), 1):
+            table.add_row(str(rank), str(item), f"{score:.4f}")
+    console.print(table)
 
 
 @app.command()
 def demo(
     data: Data = None,
     out: Annotated[Path, typer.Option(help="Folder for the plots (PNG) and tables (CSV).")] = Path("pyfused-demo"),
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of both models. Default: 5 (cnn), 10 (recommender).")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of both models. Default: 5 (mnist-cnn), 10 (bpr).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One epoch of each: a minute or two.")] = False,
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
     """Train a CNN (MNIST) and a recommender (MovieLens), eager and fused, and compare: under 10 minutes on 2 cores."""
-    from .demo import run_demo
-    from .train import TASKS
+    from .demo import EPOCHS, run_demo
 
-    lengths = {name: 1 if quick else epochs or task.epochs for name, task in TASKS.items()}
+    lengths = {name: 1 if quick else epochs or default for name, default in EPOCHS.items()}
     with readable_errors():
         run_demo(data, out, lengths, seed, threads or torch.get_num_threads(), console)
 
@@ -162,10 +205,6 @@ def cell(finding) -> str:
     if finding.problem:
         return f"[red]{finding.error:.1e}[/]"
     return f"[green]{finding.error:.1e}[/]" if finding.error >= 0 else "-"
-
-
-def describe(row: dict[str, float]) -> str:
-    return "  ".join(f"{key} {value:.4g}" for key, value in row.items())
 
 
 @contextlib.contextmanager

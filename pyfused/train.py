@@ -1,157 +1,189 @@
-"""One training loop, and the two tasks it trains in eager PyTorch or with the fused ops: digits and movies.
+"""One training loop for every task: eager, compiled or fused, in one process or in several under torchrun.
 
-for row in train(task, task.model(fused=True), epochs=5): print(row)
+task = TASKS["mnist-cnn"]()
+for row in train(task, task.model(), Options.of(task, mode="fused")): print(row)
 """
 
 import csv
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
-from . import data, functional
-from .models import MnistCNN, Recommender
+from . import checkpoint, fusion, optim
+from .tasks import Task
 
 FINAL_LR = 0.02  # of the initial learning rate
-EVALUATION_BATCH = 128
+MODES = ("eager", "compile", "fused")
+PRECISIONS = ("float32", "bfloat16", "float16")
+ANY_VALUE = {"device", "workers"}  # options that a resumed run may change
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train. `batch_size` is one process's.
+
+    mode: "eager", "compile" (torch.compile) or "fused" (pyfused.fuse). channels_last: memory format of images and
+    convolutions. precision: float32, or what autocast computes in; float16 with a gradient scaler. workers: processes
+    that make batches. step_in_backward: pyfused.optim.Adam steps within the backward, for MatrixFactorization.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    mode: str = "fused"
+    channels_last: bool = True
+    precision: str = "float32"
+    seed: int = 0
+    device: str = "cpu"
+    workers: int = 0
+    step_in_backward: bool = False
+
+    @classmethod
+    def of(cls, task: Task, **given) -> "Options":
+        """The task's defaults, but for what is given and not None."""
+        defaults = {"epochs": task.epochs, "batch_size": task.batch_size, "lr": task.lr}
+        return cls(**defaults | {name: value for name, value in given.items() if value is not None})
+
+    def autocast(self) -> torch.autocast:
+        kind, reduced = torch.device(self.device).type, self.precision != "float32"
+        return torch.autocast(kind, getattr(torch, self.precision) if reduced else None, enabled=reduced)
 
 
 def train(
-    task: "Digits | Movies",
+    task: Task,
     model: nn.Module,
+    options: Options,
     *,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    seed: int = 0,
+    file: Path | None = None,
+    resume: bool = False,
     on_step: Callable[[int], object] = lambda steps: None,
 ) -> Iterator[dict[str, float]]:
     """Trains `model` with Adam and a linear decay of the learning rate; yields a row of results after every epoch.
 
-    What is None is the task's default. The order of the examples and the negatives depend on `seed` alone, so two
-    models that start from the same parameters see the same batches. `on_step` gets the number of steps done so far.
+    All that is random depends on options.seed and the epoch, so two models that start from the same parameters see the
+    same batches. After every epoch a checkpoint goes to `file`. `resume` begins with the one that is there, yields the
+    rows it holds, and on the CPU ends where an uninterrupted run would, to the last bit. `on_step` gets the number of
+    steps done so far.
 
     A row has: epoch, loss (mean over the epoch), seconds (of training; evaluation is not in it), lr (of the last
     step), and what task.evaluate returns.
+
+    Raises ValueError for options that do not go together, FileNotFoundError or ValueError for a checkpoint that is
+    missing or of another run.
     """
-    epochs, batch_size = epochs or task.epochs, batch_size or task.batch_size
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr or task.lr, weight_decay=task.weight_decay)
-    steps = epochs * steps_per_epoch(task, batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - (1 - FINAL_LR) * step / steps)
-    step = 0
-    for epoch in range(1, epochs + 1):
+    step, optimizer = prepare(task, model, options)
+    epoch_steps = steps_per_epoch(task, options)
+    schedule = LambdaLR(optimizer, lambda step: 1 - (1 - FINAL_LR) * step / (epoch_steps * options.epochs))
+    scaler = torch.amp.GradScaler(torch.device(options.device).type, enabled=options.precision == "float16")
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    rows = restore(task, options, parts, file) if resume else []
+    yield from rows
+    for epoch in range(len(rows) + 1, options.epochs + 1):
         model.train()
-        total, started = 0.0, time.perf_counter()
-        for rows in torch.randperm(task.size, generator=generator).split(batch_size):
-            loss = task.loss(model, rows, generator)
+        total, started = torch.zeros((), dtype=torch.float64, device=options.device), time.perf_counter()
+        for number, (weight, size, batch) in enumerate(batches(task, options, epoch), (epoch - 1) * epoch_steps + 1):
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            with options.autocast():
+                loss = weight * step(*batch)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
-            total += loss.item() * len(rows)
-            step += 1
-            on_step(step)
-        seconds = time.perf_counter() - started
-        result = {"epoch": epoch, "loss": total / task.size, "seconds": seconds, "lr": schedule.get_last_lr()[0]}
+            total += loss.detach() * size
+            on_step(number)
+        if world_size() > 1:
+            dist.all_reduce(total)
+        row = {"epoch": epoch, "loss": total.item() / world_size() / task.size}
+        row |= {"seconds": time.perf_counter() - started, "lr": schedule.get_last_lr()[0]}
         model.eval()
         with torch.no_grad():
-            yield result | task.evaluate(model)
+            rows.append(row | task.evaluate(model))
+        if file is not None and rank() == 0:
+            checkpoint.save(state_of(task, options, parts, rows), file)
+        yield rows[-1]
 
 
-def steps_per_epoch(task: "Digits | Movies", batch_size: int) -> int:
-    return math.ceil(task.size / batch_size)
+def prepare(task: Task, model: nn.Module, options: Options) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The module that a training step calls, which holds `model`, and the optimizer."""
+    model.to(options.device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    if options.step_in_backward:
+        if not hasattr(model, "optimizer") or options.precision == "float16" or world_size() > 1:
+            raise ValueError("step_in_backward is for mf and bpr, in one process, not in float16")
+        optimizer = model.optimizer = optim.Adam(model.parameters(), options.lr)
+    else:
+        kind = torch.optim.AdamW if task.decoupled else torch.optim.Adam
+        optimizer = kind(model.parameters(), options.lr, weight_decay=task.weight_decay)
+    step = task.step(model, options.mode == "fused")
+    if options.mode == "fused" and not options.step_in_backward:
+        _, _, example = next(batches(task, options, 1))
+        with options.autocast():
+            fusion.fuse(step, example, verbose=False)
+    if options.mode == "compile":
+        step = torch.compile(step)
+    return (DistributedDataParallel(step) if world_size() > 1 else step), optimizer
 
 
-class Digits:
-    """MNIST, 60,000 training and 10,000 test images, with a small convolutional network."""
+def batches(task: Task, options: Options, epoch: int) -> Iterator[tuple[float, int, tuple[Tensor, ...]]]:
+    """(weight of its loss, examples of all processes, this process's part) of every batch of an epoch.
 
-    name, metrics = "cnn", ("accuracy",)
-    epochs, batch_size, lr, weight_decay = 5, 64, 1e-3, 0.0
-
-    def __init__(self, folder: str | Path | None = None):
-        self.train_images, self.train_labels, self.test_images, self.test_labels = data.mnist(folder)
-        self.size = len(self.train_images)
-
-    def model(self, fused: bool, seed: int = 0) -> nn.Module:
-        torch.manual_seed(seed)
-        return MnistCNN(fused=fused)
-
-    def loss(self, model: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
-        logits = model(standardise(self.train_images[rows]))
-        return cross_entropy(model)(logits, self.train_labels[rows])
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Share of the test images whose largest logit is that of their label."""
-        batches = zip(self.test_images.split(EVALUATION_BATCH), self.test_labels.split(EVALUATION_BATCH), strict=True)
-        right = sum((model(standardise(images)).argmax(1) == labels).sum().item() for images, labels in batches)
-        return {"accuracy": right / len(self.test_labels)}
-
-
-class Movies:
-    """MovieLens with an embedding-dot recommender: rank each user's last film among all that the user has not seen.
-
-    The loss is a sampled softmax: the film that was seen against `negatives` drawn uniformly, of which those that the
-    user has seen too are left out.
+    DistributedDataParallel takes the plain mean over processes; a weight makes it the mean over examples where the last
+    batch does not split evenly. A process that gets nothing of it takes part with an example of weight 0.
     """
-
-    name, metrics = "recommender", ("hr@10", "ndcg@10")
-    epochs, batch_size, lr, weight_decay = 10, 512, 5e-3, 1e-4
-    dim, negatives = 64, 64
-
-    def __init__(self, folder: str | Path | None = None):
-        ratings = data.movielens(folder)
-        self.num_users, self.num_items = len(ratings.user_ids), len(ratings.item_ids)
-        self.train_rows, self.test_rows = data.leave_one_out(ratings)
-        self.size = len(self.train_rows)
-        self.seen = torch.zeros(self.num_users, self.num_items, dtype=torch.bool)
-        self.seen[self.train_rows.user, self.train_rows.item] = True
-
-    def model(self, fused: bool, seed: int = 0) -> nn.Module:
-        torch.manual_seed(seed)
-        return Recommender(self.num_users, self.num_items, self.dim, fused=fused)
-
-    def loss(self, model: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
-        user, positive = self.train_rows.user[rows], self.train_rows.item[rows, None]
-        negative = torch.randint(self.num_items, (len(rows), self.negatives), generator=generator)
-        scores = model(user, torch.cat([positive, negative], 1))
-        not_negative = F.pad(self.seen[user[:, None], negative], (1, 0))  # the first column is the positive's
-        scores = scores.masked_fill(not_negative, -torch.inf)
-        return cross_entropy(model)(scores, torch.zeros(len(rows), dtype=torch.int64))
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """HR@10 and NDCG@10 of the held-out films, ranked by score."""
-        return self.ranking(model.score_all())
-
-    def popularity(self) -> dict[str, float]:
-        """The same metrics for ranking by the number of ratings: the same list for everyone."""
-        counts = self.train_rows.item.bincount(minlength=self.num_items)
-        return self.ranking(counts.float().expand(self.num_users, -1))
-
-    def ranking(self, scores: Tensor) -> dict[str, float]:
-        """Rank of each held-out film among those its user has not seen; ties get the middle rank."""
-        user, item = self.test_rows.user, self.test_rows.item
-        scores = scores[user].masked_fill(self.seen[user], -torch.inf)
-        target = scores.gather(1, item[:, None])
-        rank = (scores > target).sum(1) + ((scores == target).sum(1) - 1) / 2
-        hit = rank < 10
-        return {"hr@10": hit.float().mean().item(), "ndcg@10": (hit / torch.log2(rank + 2)).mean().item()}
+    generator = torch.Generator().manual_seed((options.seed << 20) + epoch)
+    torch.manual_seed(torch.randint(2**62, (), generator=generator).item() + rank())  # dropout
+    parts = torch.randperm(task.size, generator=generator).split(options.batch_size * world_size())
+    seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
+    first, end = ([len(rows) * r // world_size() for rows in parts] for r in (rank(), rank() + 1))
+    plans = [(rows, slice(a, b) if a < b else slice(1), seed) for rows, a, b, seed in zip(parts, first, end, seeds)]
+    loader = DataLoader(task, None, sampler=plans, num_workers=options.workers, generator=generator)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    for rows, a, b, batch in zip(parts, first, end, loader):
+        batch = tuple(
+            x.to(options.device, memory_format=layout if x.dim() == 4 else torch.preserve_format) for x in batch
+        )
+        yield (b - a) * world_size() / len(rows), len(rows), batch
 
 
-TASKS = {task.name: task for task in (Digits, Movies)}
+def steps_per_epoch(task: Task, options: Options) -> int:
+    return math.ceil(task.size / (options.batch_size * world_size()))
 
 
-def cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    return functional.cross_entropy if model.fused else F.cross_entropy
+def state_of(task: Task, options: Options, parts: dict, rows: list[dict]) -> dict:
+    """A checkpoint: what `restore` and `checkpoint.load_model` need."""
+    state = {"format": checkpoint.FORMAT, "task": task.name, "settings": task.settings, "options": asdict(options)}
+    state |= {"world_size": world_size(), "arguments": task.arguments(), "about": task.about(), "rows": rows}
+    return state | {name: part.state_dict() for name, part in parts.items()}
 
 
-def standardise(images: Tensor) -> Tensor:
-    """uint8 pixels to mean 0 and standard deviation 1 over MNIST's training images."""
-    return (images / 255 - 0.1307) / 0.3081
+def restore(task: Task, options: Options, parts: dict, file: Path) -> list[dict]:
+    """Puts a checkpoint into `parts`; returns its rows."""
+    state = checkpoint.load(file)
+    now = {"task": task.name, "world_size": world_size(), **task.settings, **asdict(options)}
+    then = {"task": state["task"], "world_size": state["world_size"], **state["settings"], **state["options"]}
+    differing = [k for k in now | then if k not in ANY_VALUE and now.get(k) != then.get(k)]
+    if differing:
+        text = ", ".join(f"{k} {then.get(k)} (now {now.get(k)})" for k in differing)
+        raise ValueError(f"{file} is of another run: it has {text}")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["rows"]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def write_csv(rows: Iterable[dict], path: Path) -> None:

@@ -1,20 +1,24 @@
 """The command line, as a newcomer would use it."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from test_train import folder, one_thread  # noqa: F401  (fixtures: small data, one thread)
+from small_data import folder, one_thread  # noqa: F401  (fixtures)
 from typer.testing import CliRunner
 
 import pyfused.__main__ as cli
-from pyfused import _binary, dispatch, functional
+from pyfused import _binary, checkpoint, dispatch, functional
 from pyfused import check as conformance
+from pyfused.demo import EPOCHS
 from pyfused.models import MnistCNN
-from pyfused.train import TASKS
+from pyfused.tasks import TASKS
+from pyfused.tasks.ranking import SPLITS
+from pyfused.train import MODES, PRECISIONS
 
 
 def invoke(*arguments, status=0):
@@ -28,7 +32,7 @@ def wide(monkeypatch):
     monkeypatch.setattr(cli.console, "_width", 200)
 
 
-@pytest.mark.parametrize("command", ["info", "check", "bench", "train", "demo"])
+@pytest.mark.parametrize("command", ["info", "check", "bench", "train", "recommend", "demo"])
 def test_help(command):
     assert command in invoke("--help")
     if command == "bench":
@@ -43,7 +47,7 @@ def test_no_arguments_print_help():
 
 def test_python_m_pyfused_is_the_same():
     done = subprocess.run([sys.executable, "-m", "pyfused", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "recommender" not in done.stderr and "demo" in done.stdout
+    assert done.returncode == 0 and "demo" in done.stdout
 
 
 def test_importing_pyfused_stays_light():
@@ -116,48 +120,94 @@ def test_check_finds_a_wrong_gradient(few_checks, monkeypatch):
     assert "wrong: embedding_dot" in invoke("check", status=1)
 
 
-@pytest.mark.parametrize("mode", ["--eager", "--fused"])
-def test_train(folder, tmp_path, mode):  # noqa: F811
-    text = invoke("train", "cnn", "--data", folder, mode, "--epochs", 2, "--batch-size", 60, "--out", tmp_path)
+@pytest.mark.parametrize("mode", ["eager", "fused"])
+def test_train_and_resume(folder, fused_wins, tmp_path, mode):  # noqa: F811
+    options = ["--data", folder, "--mode", mode, "--epochs", 2, "--batch-size", 60, "--out", tmp_path]
+    text = invoke("train", "mnist-cnn", *options)
     assert "epoch 2" in text and "accuracy" in text
-    stem = tmp_path / f"cnn{mode.replace('--', '-')}"
+    stem = tmp_path / f"mnist-cnn-{mode}"
     with stem.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    state = torch.load(stem.with_suffix(".pt"), weights_only=True)
-    MnistCNN().load_state_dict(state)
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    model, state = checkpoint.load_model(stem.with_suffix(".pt"))
     torch.manual_seed(0)
-    assert not torch.equal(state["conv1.weight"], MnistCNN().conv1.weight)  # trained, from seed 0
+    assert not torch.equal(model.features[0].weight, MnistCNN().features[0].weight)  # trained, from seed 0
+    text = invoke("train", "mnist-cnn", *options, "--resume")
+    assert "epoch 1" in text and "epoch 2" in text  # the rows it has
+    assert checkpoint.load(stem.with_suffix(".pt"))["rows"] == state["rows"]
+    assert "of another run: it has lr" in invoke("train", "mnist-cnn", *options, "--resume", "--lr", 1, status=1)
 
 
-def test_train_recommender_shows_popularity(folder):  # noqa: F811
-    text = invoke("train", "recommender", "--data", folder, "--epochs", 1)
+def test_train_bpr_shows_popularity_and_recommend_reads_its_checkpoint(folder, tmp_path):  # noqa: F811
+    text = invoke("train", "bpr", "--data", folder, "--epochs", 1, "--mode", "eager", "--out", tmp_path)
     assert "popularity: hr@10" in text and "ndcg@10" in text
+    text = invoke("recommend", tmp_path / "bpr-eager.pt", "--user", 7, "--top", 3)
+    rows = re.findall(r"^│ (\d) +│ (\d+) +│ +-?\d+\.\d+", text, re.MULTILINE)
+    assert [rank for rank, _ in rows] == ["1", "2", "3"]
+    assert "user 1234 is not among" in invoke("recommend", tmp_path / "bpr-eager.pt", "--user", 1234, status=1)
 
 
-@pytest.mark.parametrize("command", [["train", "cnn"], ["train", "recommender"], ["demo"]])
+def test_train_compare(folder, tmp_path):  # noqa: F811
+    text = invoke(*("train", "mf", "--data", folder, "--epochs", 2, "--threads", 1, "--compare", "--out", tmp_path))
+    for word in ("eager", "compile", "fused", "mean rating", "speed-up", "rmse"):
+        assert word in text
+    with (tmp_path / "train-mf.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["contender"], row["epoch"]) for row in rows] == [
+        (c, e) for c in ("eager", "compile", "fused") for e in "12"
+    ]
+    assert (tmp_path / "train-mf.png").exists()
+
+
+def test_train_under_torchrun(folder, tmp_path):  # noqa: F811
+    """Two processes: one prints, one writes; the losses are those of one process with twice the batch."""
+    options = ["--data", folder, "--mode", "eager", "--epochs", 2, "--threads", 1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "pyfused", "train", "mf", *options, "--batch-size", 32]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [*map(str, command), "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 2") == 1
+    invoke("train", "mf", *options, "--batch-size", 64, "--out", tmp_path / "one")
+    two, one = (checkpoint.load(tmp_path / name / "mf-eager.pt")["rows"] for name in ("two", "one"))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
+
+
+@pytest.mark.parametrize("command", [["train", "mnist-cnn"], ["train", "bpr"], ["train", "image-folder"], ["demo"]])
 def test_missing_data_is_a_message_and_no_traceback(tmp_path, command):
     result = CliRunner().invoke(cli.app, [*command, "--data", str(tmp_path)])
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert "error:" in result.output and "looked for" in result.output
 
 
-def test_bad_options_are_refused(folder):  # noqa: F811
-    assert "epochs" in invoke("train", "cnn", "--data", folder, "--epochs", 0, status=2)
-    assert "cnn" in invoke("train", "transformer", status=2)
+def test_bad_options_are_refused(folder, tmp_path):  # noqa: F811
+    assert "epochs" in invoke("train", "mnist-cnn", "--data", folder, "--epochs", 0, status=2)
+    assert "mnist-cnn" in invoke("train", "transformer", status=2)
+    assert "mf has no option split" in invoke("train", "mf", "--data", folder, "--split", "random", status=1)
+    assert "--resume needs --out" in invoke("train", "mf", "--data", folder, "--resume", status=1)
+    assert "there is no checkpoint" in invoke("train", "mf", "--data", folder, "--resume", "--out", tmp_path, status=1)
+
+
+def test_the_models_of_the_command_line_are_the_tasks():
+    assert [model.value for model in cli.Model] == list(TASKS)
+    assert [mode.value for mode in cli.Mode] == list(MODES)
+    assert [precision.value for precision in cli.Precision] == list(PRECISIONS)
+    assert [split.value for split in cli.Split] == list(SPLITS)
 
 
 def test_demo(folder, tmp_path, monkeypatch):  # noqa: F811
     """The recommender's half of the demo; the op timings are the benchmark's, and tested there."""
     timed = []
     monkeypatch.setattr("pyfused.demo.time_kernels", lambda out, threads, console: timed.append(out))
-    monkeypatch.delitem(TASKS, "cnn")  # each process costs seconds; test_train.py has the convolutional network's
+    monkeypatch.delitem(EPOCHS, "mnist-cnn")  # each process costs seconds; test_compare.py has the network's
     text = invoke("demo", "--data", folder, "--out", tmp_path, "--epochs", 4, "--threads", 1)
     assert timed == [tmp_path]
-    for word in ("MovieLens", "popularity", "eager", "fused"):
+    for word in ("bpr", "popularity", "eager", "fused"):
         assert word in text
-    with (tmp_path / "summary.csv").open() as file:
+    with (tmp_path / "bpr-summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["task"], row["contender"]) for row in rows] == [("recommender", "eager"), ("recommender", "fused")]
+    assert [(row["task"], row["contender"]) for row in rows] == [("bpr", "eager"), ("bpr", "fused")]
     assert rows[1]["early_difference"] == ""  # 4 steps are fewer than 10
-    assert {path.name for path in tmp_path.iterdir()} == {"recommender.csv", "summary.csv", "curves.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bpr.csv", "bpr-summary.csv", "curves.png"}

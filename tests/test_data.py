@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyfused.data import fetch, idx, leave_one_out, mnist, movielens, read_idx, read_interactions
+from pyfused.data import (
+    concatenate,
+    fetch,
+    idx,
+    leave_one_out,
+    mnist,
+    movielens,
+    read_idx,
+    read_interactions,
+    split_by_user,
+)
 
 NAMES = list(idx.FILES)
 IMAGES, LABELS = NAMES[:2]
@@ -214,6 +224,25 @@ def test_leave_one_out_takes_the_last_row_of_a_tie_and_spares_single_rows(tmp_pa
         (30, 9),
     ]
     assert len(rest) + len(last) == len(data)
+
+
+def test_split_by_user_holds_out_a_tenth_of_each_user_at_random(tmp_path):
+    """21 rows: 2 and 2; three rows: 1 and 1; two rows: none. The parts are the whole, the seed matters."""
+    counts = {1: 21, 2: 3, 3: 2}
+    rows = [f"{user}\t{item}\t{item % 5}\t{item}\n" for user, count in counts.items() for item in range(count)]
+    (tmp_path / "u.data").write_text("".join(rows))
+    data = movielens(tmp_path)
+    parts = split_by_user(data, 0)
+    assert [part.user.bincount(minlength=3).tolist() for part in parts] == [[17, 1, 2], [2, 1, 0], [2, 1, 0]]
+    whole = concatenate(*parts)
+    pairs = set(zip(whole.user.tolist(), whole.item.tolist(), whole.rating.tolist()))
+    assert len(whole) == len(pairs) == 26 and pairs == set(
+        zip(*(x.tolist() for x in (data.user, data.item, data.rating)))
+    )
+    held_out = {tuple(split_by_user(data, seed)[2].item[:2].tolist()) for seed in range(9)}
+    assert len(held_out) > 5 and held_out == {
+        tuple(split_by_user(data, seed)[2].item[:2].tolist()) for seed in range(9)
+    }
 
 
 def cached(*files) -> bool:

@@ -1,145 +1,307 @@
-"""The training loop, its two tasks and the demo's measuring, on small data made here."""
+"""The training loop, on small data made here: determinism, modes, resuming, precision, several processes."""
 
 import csv
-import io
-import math
-import mmap
-import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
-from test_data import idx_bytes
+from small_data import folder, one_thread  # noqa: F401  (fixtures)
 
-from pyfused import demo
-from pyfused.data.idx import FILES
-from pyfused.train import Digits, Movies, train, write_csv
+from pyfused import checkpoint
+from pyfused.tasks import TASKS, make_task
+from pyfused.tasks.photos import Photos
+from pyfused.tasks.text import Text
+from pyfused.train import Options, train, write_csv
+
+FAST = ["small-cnn", "mnist-cnn", "image-folder", "dot-concat", "mf", "bpr", "two-tower", "gpt"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two, and two on a busy machine wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_models(monkeypatch):
+    monkeypatch.setattr(Photos, "size_of_image", 24)
+    monkeypatch.setattr(Text, "context", 16)
+    monkeypatch.setattr(Text, "dim", 32)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Digits that differ in where they are bright, and users who rate the items of their own half."""
-    folder = tmp_path_factory.mktemp("data")
-    g = torch.Generator().manual_seed(0)
-    for count, (images, labels) in zip((120, 40), (list(FILES)[:2], list(FILES)[2:])):
-        label = torch.randint(10, (count,), generator=g)
-        pixels = torch.randint(60, (count, 28, 28), generator=g)
-        for row, digit in enumerate(label.tolist()):
-            pixels[row, 2 * digit + 3 : 2 * digit + 6] += 190
-        (folder / images).write_bytes(idx_bytes(pixels))
-        (folder / labels).write_bytes(idx_bytes(label))
-    lines = []
-    for user in range(24):
-        liked = torch.randperm(20, generator=g)[:9] + 20 * (user % 2)
-        lines += [f"{user}\t{item}\t4\t{when}\n" for when, item in enumerate(liked.tolist())]
-    lines += [f"99\t{item}\t4\t0\n" for item in range(40)]  # every item is known
-    (folder / "u.data").write_text("".join(lines))
-    return folder
+def task_of(name, folder, **settings):  # noqa: F811
+    return make_task(name, folder / "text" if name == "gpt" else folder, **settings)
 
 
-def run(task, fused, seed=0, **options):
-    model = task.model(fused, seed)
-    return list(train(task, model, seed=seed, **options)), model
+def run(task, seed=0, file=None, resume=False, on_step=lambda steps: None, **options):
+    model = task.model(seed)
+    given = {"epochs": 2, "batch_size": 30, "mode": "eager", "seed": seed} | options
+    how = Options.of(task, **given)
+    return list(train(task, model, how, file=file, resume=resume, on_step=on_step)), model
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
-@pytest.mark.parametrize("make", [Digits, Movies])
-def test_training_is_deterministic_and_the_seed_matters(folder, make, fused):
-    options = {"epochs": 2, "batch_size": 30}
-    (rows, model), (again, twin), (other, _) = (run(make(folder), fused, seed, **options) for seed in (5, 5, 6))
-    assert [row["loss"] for row in rows] == [row["loss"] for row in again]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+def same(a, b):
+    return all(torch.equal(a.state_dict()[key], b.state_dict()[key]) for key in a.state_dict())
+
+
+def without_seconds(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("mode", ["eager", "fused"])
+@pytest.mark.parametrize("name", FAST)
+def test_training_is_deterministic_and_the_seed_matters(folder, fused_wins, name, mode):  # noqa: F811
+    assert set(FAST) == set(TASKS)
+    (rows, model), (again, twin), (other, _) = (run(task_of(name, folder), seed, mode=mode) for seed in (5, 5, 6))
+    assert without_seconds(rows) == without_seconds(again) and same(model, twin)
     assert [row["loss"] for row in rows] != [row["loss"] for row in other]
 
 
-@pytest.mark.parametrize("make", [Digits, Movies])
-def test_fused_training_follows_eager(folder, make):
+@pytest.mark.parametrize("name", FAST)
+def test_fused_training_follows_eager(folder, fused_wins, name):  # noqa: F811
     """Same seed, same batches, same negatives: after a few steps the parameters differ by rounding alone."""
-    (eager_rows, eager), (fused_rows, fused) = (run(make(folder), f, epochs=1, batch_size=40) for f in (False, True))
+    (eager_rows, eager), (fused_rows, fused) = (
+        run(task_of(name, folder), epochs=1, batch_size=40, mode=mode) for mode in ("eager", "fused")
+    )
     assert eager_rows[0]["loss"] == pytest.approx(fused_rows[0]["loss"], rel=1e-4)
-    start = dict(make(folder).model(False).named_parameters())
+    start = dict(task_of(name, folder).model().named_parameters())
     for name, parameter in eager.named_parameters():
         moved = (parameter - start[name]).norm()
         assert moved > 0, f"{name} was not trained"
         assert (fused.get_parameter(name) - parameter).norm() <= 0.02 * moved, name
 
 
-def test_the_tasks_are_learnt(folder):
-    rows, _ = run(Digits(folder), fused=False, epochs=8, batch_size=20, lr=3e-3)
-    assert rows[-1]["accuracy"] > 0.9 and rows[-1]["loss"] < 0.2 * rows[0]["loss"]
-    movies = Movies(folder)
-    rows, _ = run(movies, fused=False, epochs=30, batch_size=32)
-    assert rows[-1]["ndcg@10"] > 1.3 * movies.popularity()["ndcg@10"]
+@pytest.mark.parametrize("mode", ["eager", "fused"])
+@pytest.mark.parametrize("name", FAST)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(folder, fused_wins, tmp_path, name, mode):  # noqa: F811
+    options = {"epochs": 3, "batch_size": 30, "mode": mode}
+    task, file = task_of(name, folder), tmp_path / "run.pt"
+    whole, model = run(task, **options)
+    steps_per_epoch = -(-task.size // 30)
+
+    def stop(steps):
+        if steps == 2 * steps_per_epoch + 1:  # within the third epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(task, file=file, on_step=stop, **options)
+    torch.rand(3)  # the state of the global generator must not matter
+    rows, resumed = run(task_of(name, folder), file=file, resume=True, **options)
+    assert without_seconds(rows) == without_seconds(whole) and same(model, resumed)
+    loaded, state = checkpoint.load_model(file)
+    assert same(loaded, model) and state["rows"] == rows
+    assert [path.name for path in tmp_path.iterdir() if path.name != "pyfused"] == ["run.pt"]
 
 
-def test_rows_steps_and_learning_rate(folder):
+def test_dropout_and_precision_are_resumed_too(folder, tmp_path):  # noqa: F811
+    class Dropping(TASKS["dot-concat"]):
+        def arguments(self):
+            return super().arguments() | {"dropout": 0.5}
+
+    options = {"epochs": 2, "precision": "bfloat16", "file": tmp_path / "run.pt"}
+    whole, model = run(Dropping(folder), **options)
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+
+    def stop(steps):
+        if steps == -(-Dropping(folder).size // 30) + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Dropping(folder), on_step=stop, **options)
+    _, resumed = run(Dropping(folder), resume=True, **options)
+    assert same(model, resumed)
+    without, _ = run(TASKS["dot-concat"](folder), epochs=2, precision="bfloat16")
+    assert without[-1]["loss"] != whole[-1]["loss"] and state["options"]["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.5}, {"epochs": 3}, {"seed": 1}, {"mode": "fused"}])
+def test_resuming_another_run_is_refused(folder, fused_wins, tmp_path, change):  # noqa: F811
+    file = tmp_path / "run.pt"
+    run(task_of("mf", folder), epochs=1, file=file)
+    with pytest.raises(ValueError, match=f"of another run: it has {next(iter(change))} "):
+        run(task_of("mf", folder), **{"epochs": 1, "file": file, "resume": True} | change)
+    with pytest.raises(ValueError, match=r"fold 0 \(now 1\)"):
+        run(task_of("mf", folder, fold=1), epochs=1, file=file, resume=True)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        run(task_of("mf", folder), file=tmp_path / "none.pt", resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_file_that_is_no_checkpoint_is_a_value_error(tmp_path, content):
+    if content is None:
+        torch.save({"weight": torch.zeros(3)}, tmp_path / "x.pt")
+    else:
+        (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pt is no checkpoint"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    checkpoint.save({"format": checkpoint.FORMAT, "n": 1}, tmp_path / "x.pt")
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save({"format": checkpoint.FORMAT, "n": lambda: 2}, tmp_path / "x.pt")
+    assert checkpoint.load(tmp_path / "x.pt")["n"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_killed_process_is_resumed(folder, tmp_path):  # noqa: F811
+    """SIGKILL, at the moment when a checkpoint is written and not yet renamed."""
+    code = """if True:
+        import os, signal, sys, torch
+        from pathlib import Path
+        from pyfused.tasks import make_task
+        from pyfused.train import Options, train
+        torch.set_num_threads(1)
+        task = make_task("mf", Path(sys.argv[1]))
+        rename = os.replace
+        def replace(source, target):
+            if Path(target).exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+        os.replace = replace
+        for _ in train(task, task.model(), Options.of(task, epochs=3, mode="eager"), file=Path(sys.argv[2])): pass
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "run.pt")], cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL and len(checkpoint.load(tmp_path / "run.pt")["rows"]) == 1
+    options = {"epochs": 3, "batch_size": TASKS["mf"].batch_size}
+    rows, model = run(task_of("mf", folder), file=tmp_path / "run.pt", resume=True, **options)
+    whole, twin = run(task_of("mf", folder), **options)
+    assert without_seconds(rows) == without_seconds(whole) and same(model, twin)
+
+
+def test_rows_steps_and_learning_rate(folder):  # noqa: F811
     steps = []
-    task = Digits(folder)
-    rows = list(train(task, task.model(False), epochs=2, batch_size=50, lr=0.5e-3, on_step=steps.append))
+    rows, _ = run(task_of("mnist-cnn", folder), batch_size=50, lr=0.5e-3, on_step=steps.append)
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[0]["lr"] == pytest.approx(0.5e-3 * (1 - 0.98 * 3 / 6)) and rows[1]["lr"] == pytest.approx(0.5e-3 * 0.02)
     assert all(row["seconds"] > 0 for row in rows)
 
 
-def test_the_batch_size_splits_every_example_once(folder):
+def test_the_batch_size_splits_every_example_once(folder):  # noqa: F811
     """The mean loss of an epoch weighs the short last batch by its size."""
-    task, seen = Digits(folder), []
+    task, seen = task_of("mnist-cnn", folder), []
 
-    def loss(model, rows, generator):
-        seen.append(rows)
-        return sum(p.sum() for p in model.parameters()) * 0 + float(len(rows))
+    class Step(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
 
-    task.loss = loss
-    (row,) = train(task, task.model(False), epochs=1, batch_size=50)
+        def forward(self, images, labels):
+            return sum(p.sum() for p in self.model.parameters()) * 0 + float(len(labels))
+
+    def batch(rows, own, generator):
+        seen.append(rows[own])
+        return torch.zeros(len(rows), 1, 28, 28), rows
+
+    task.step, task.batch = lambda model, fused: Step(model), batch
+    (row,), _ = run(task, epochs=1, batch_size=50)
     assert [len(rows) for rows in seen] == [50, 50, 20]
     assert torch.cat(seen).sort().values.tolist() == list(range(120))
     assert row["loss"] == pytest.approx((50 * 50 + 50 * 50 + 20 * 20) / 120)
 
 
-def test_ranking_by_hand(folder):
-    """Ranks among unseen items only; ties get the middle rank; rank 10 (from 0) misses."""
-    task = Movies(folder)
-    scores = torch.zeros(task.num_users, task.num_items)
-    for user, item in zip(task.test_rows.user.tolist(), task.test_rows.item.tolist()):
-        unseen = [i for i in range(task.num_items) if not task.seen[user, i] and i != item]
-        scores[user] = 100.0  # what the user has seen must not count, however high
-        scores[user, unseen] = torch.arange(len(unseen), dtype=torch.float32).flip(0)
-        scores[user, item] = len(unseen) - 1 - 2.5  # three are better: rank 3
-    # User 99 has one unseen item, the held-out one: rank 0. The other 24 have it at rank 3.
-    found = task.ranking(scores)
-    assert found["hr@10"] == 1 and found["ndcg@10"] == pytest.approx((24 / math.log2(5) + 1) / 25)
-    tied = task.ranking(torch.zeros_like(scores))  # 32 unseen items, all equal: rank 15.5, a miss
-    assert tied == pytest.approx({"hr@10": 1 / 25, "ndcg@10": 1 / 25})
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_learns_the_same_roughly(folder, precision):  # noqa: F811
+    exact, model = run(task_of("mnist-cnn", folder), epochs=1)
+    rows, reduced = run(task_of("mnist-cnn", folder), epochs=1, precision=precision)
+    assert rows[0]["loss"] != exact[0]["loss"] and rows[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in reduced.parameters()) and not same(model, reduced)
 
 
-def test_negatives_the_user_has_seen_do_not_count(folder):
-    """A user who has seen everything has no negatives left: the loss is that of one candidate, zero."""
-    task = Movies(folder)
-    user = task.train_rows.user
-    rows = (user == user.max()).nonzero().squeeze(1)  # user 99
-    task.seen[user.max()] = True
-    for fused in (False, True):
-        assert task.loss(task.model(fused), rows, torch.Generator().manual_seed(0)).item() == 0
-    others = (user == 0).nonzero().squeeze(1)
-    assert task.loss(task.model(False), others, torch.Generator().manual_seed(0)).item() > 0
+def test_compiled_training_follows_eager(folder):  # noqa: F811
+    (eager, _), (compiled, _) = (run(task_of("mf", folder), epochs=1, mode=mode) for mode in ("eager", "compile"))
+    assert compiled[0]["loss"] == pytest.approx(eager[0]["loss"], rel=1e-4)
 
 
-def test_popularity_ranks_by_count(folder):
-    task = Movies(folder)
-    counts = task.train_rows.item.bincount(minlength=task.num_items).float()
-    assert task.popularity() == task.ranking(counts.repeat(task.num_users, 1))
-    assert task.popularity() != task.ranking(-counts.repeat(task.num_users, 1))
+@pytest.mark.parametrize("name", ["mf", "bpr"])
+def test_steps_in_the_backward_follow_sparse_adam(folder, name, tmp_path):  # noqa: F811
+    """One batch an epoch, so that every row is touched in every step, where SparseAdam is Adam."""
+
+    class Plain(TASKS[name]):
+        weight_decay, penalty = 0.0, 0.0
+
+    options = {"epochs": 6, "batch_size": 1000}
+    expected, _ = run(Plain(folder), **options)
+    rows, model = run(task_of(name, folder), step_in_backward=True, file=tmp_path / "run.pt", **options)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+    assert all(p.grad is None for p in model.parameters()) and rows[-1]["loss"] < rows[0]["loss"]
+    state = checkpoint.load(tmp_path / "run.pt")["optimizer"]["state"]
+    assert state[0]["step"] == 6 and state[0]["exp_avg"].shape == model.user.weight.shape
+
+
+def test_steps_in_the_backward_are_resumed(folder, tmp_path):  # noqa: F811
+    options = {"epochs": 3, "step_in_backward": True, "file": tmp_path / "run.pt"}
+    whole, model = run(task_of("bpr", folder), **options)
+
+    def stop(steps):
+        if steps == 2 * -(-task_of("bpr", folder).size // 30) + 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(task_of("bpr", folder), on_step=stop, **options)
+    rows, resumed = run(task_of("bpr", folder), resume=True, **options)
+    assert without_seconds(rows) == without_seconds(whole) and same(model, resumed)
+
+
+def test_steps_in_the_backward_are_refused_where_there_are_none(folder):  # noqa: F811
+    for name, options in (("two-tower", {}), ("small-cnn", {}), ("mf", {"precision": "float16"})):
+        with pytest.raises(ValueError, match="step_in_backward is for mf and bpr"):
+            run(task_of(name, folder), step_in_backward=True, **options)
+
+
+def test_workers_make_the_same_batches(folder):  # noqa: F811
+    for name in ("image-folder", "bpr"):
+        settings = {"augment": True} if name == "image-folder" else {}
+        alone, model = run(task_of(name, folder, **settings), epochs=1)
+        rows, twin = run(task_of(name, folder, **settings), epochs=1, workers=2)
+        assert without_seconds(rows) == without_seconds(alone) and same(model, twin)
+
+
+TWO_PROCESSES = """if True:
+    import json, sys, torch, torch.distributed as dist
+    from pathlib import Path
+    import test_train
+    from pyfused.tasks.photos import Photos
+    from pyfused.tasks.text import Text
+    from pyfused.train import rank
+    torch.set_num_threads(1)
+    Photos.size_of_image, Text.context, Text.dim = 24, 16, 32
+    dist.init_process_group("gloo")
+    found, folder, out = {}, Path(sys.argv[1]), Path(sys.argv[2])
+    for name, mode in [(name, "eager") for name in test_train.FAST] + [("mnist-cnn", "fused"), ("bpr", "fused")]:
+        file = out / f"{name}-{mode}.{rank()}.pt"
+        rows, model = test_train.run(test_train.task_of(name, folder), batch_size=15, file=file, mode=mode)
+        totals = torch.stack([p.detach().double().abs().sum() for p in model.parameters()])
+        other = totals.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(totals, other), f"{name}: the processes have different parameters"
+        found[f"{name}-{mode}"] = rows
+    if rank() == 0:
+        (out / "rows.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path):  # noqa: F811
+    """All tasks, data that does not split evenly: the losses of every epoch, and one checkpoint, of process 0."""
+    import json
+
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path]), "OMP_NUM_THREADS": "1"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(script), str(folder), str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert {name.rpartition("-")[0] for name in found} == set(FAST)
+    for name, rows in found.items():
+        expected, _ = run(task_of(name.rpartition("-")[0], folder), batch_size=30)
+        for row, alone in zip(rows, expected, strict=True):
+            assert row["loss"] == pytest.approx(alone["loss"], rel=1e-4), name
+            assert row["lr"] == alone["lr"]
+    assert {path.name for path in tmp_path.glob("*.pt")} == {f"{name}.0.pt" for name in found}
 
 
 def test_write_csv(tmp_path):
@@ -148,63 +310,8 @@ def test_write_csv(tmp_path):
         assert list(csv.DictReader(file)) == [{"a": "1", "b": "2.5"}, {"a": "3", "b": ""}]
 
 
-# --- the demo's measuring ---
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak can be reset on Linux only")
-def test_peak_memory_sees_a_large_block_and_forgets_it():
-    block = mmap.mmap(-1, 64 << 20)  # not malloc, which may keep what is freed
-    block.write(b"x" * (64 << 20))
-    demo.reset_peak_memory()
-    with_block = demo.peak_memory()
-    block.close()
-    demo.reset_peak_memory()
-    assert 60 << 20 < with_block - demo.peak_memory() < 80 << 20
-
-
-def test_processes_take_turns_and_report(folder):
-    """Two real training processes: rows of every epoch, parameters that follow each other, a peak of their own."""
-    jobs = [demo.Job("cnn", contender, folder, 6, 0, 1) for contender in ("eager NHWC", "fused")]
-    eager, fused = demo.compete(jobs, 2, Console(file=io.StringIO()))
-    assert [row["epoch"] for row in eager.rows] == [1, 2, 3, 4, 5, 6]
-    reference, _ = run(Digits(folder), False, epochs=6)
-    assert [row["loss"] for row in eager.rows] == pytest.approx([row["loss"] for row in reference], rel=1e-3)
-    row = demo.summary(fused, eager)
-    assert 0 < row["early_difference"] < 5e-3 and demo.summary(eager, eager)["early_difference"] == 0
-    assert row["speed_up"] == eager.epoch_seconds / fused.epoch_seconds
-    assert 50 < row["peak_mib"] < 2000
-    assert row["accuracy"] == fused.rows[-1]["accuracy"] and row["hr@10"] is None
-
-
-def test_a_failing_process_is_an_error_with_its_reason(tmp_path):
-    job = demo.Job("cnn", "eager", tmp_path, 1, 0, 1)  # no data there
-    with pytest.raises(RuntimeError, match=r"(?s)cnn, eager: training failed:.*FileNotFoundError"):
-        demo.compete([job], 1, Console(file=io.StringIO()))
-
-
-def test_a_dead_process_is_an_error():
-    near, far = multiprocessing.Pipe()
-    far.close()
-    with pytest.raises(RuntimeError, match="the training process died"):
-        demo.take_turn(demo.Outcome(demo.Job("cnn", "fused", None, 1, 0, 1)), near, print)
-
-
-def test_table_and_curves(folder, tmp_path):
-    results = []
-    for task, contenders in ((Digits(folder), demo.COLORS), (Movies(folder), ("eager", "fused"))):
-        outcomes = []
-        for number, contender in enumerate(contenders, 1):
-            outcome = demo.Outcome(demo.Job(task.name, contender, None, 2, 0, 1), peak=number << 20)
-            outcome.early = {"w": torch.tensor([0.25 * number])}
-            quality = {metric: 0.9 for metric in task.metrics}
-            outcome.rows = [{"epoch": e, "loss": 1 / e, "seconds": 6 / number, "lr": 1} | quality for e in (1, 2)]
-            outcomes.append(outcome)
-        results.append((task, outcomes))
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(demo.table(results))
-    lines = [line for line in console.export_text().splitlines() if "fused" in line and "PyTorch" not in line]
-    assert len(lines) == 2
-    assert all(word in lines[0] for word in ("0.9000", "2.00", "3.00x", " 3 ", "5.0e-01"))  # the third CNN run
-    assert all(word in lines[1] for word in ("0.9000", "3.00", "2.00x", " 2 ", "2.5e-01"))
-    demo.plot_curves(results, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_options_are_the_tasks_but_for_what_is_given(folder):  # noqa: F811
+    task = task_of("bpr", folder)
+    how = Options.of(task, epochs=None, lr=1.0)
+    assert (how.epochs, how.batch_size, how.lr) == (task.epochs, task.batch_size, 1.0)
+    assert replace(how, lr=task.lr) == Options.of(task)

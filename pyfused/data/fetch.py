@@ -88,6 +88,7 @@ def install(command: list[str], source: str, files: Sequence[str], folder: Path)
 
     if shutil.which(command[0]) is None:
         raise Unavailable(f"{command[0]} is not installed")
+    (folder / "package").mkdir(exist_ok=True)  # npm pack wants it to be there
     command = [word.format(folder=folder / "package") for word in command]
     try:
         with Console(stderr=True).status(f"{Path(command[0]).name}: {command[-1]}"):

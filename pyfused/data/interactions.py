@@ -44,6 +44,11 @@ class Interactions:
         columns = (self.user, self.item, self.rating, self.timestamp)
         return Interactions(*(column[index] for column in columns), self.user_ids, self.item_ids)
 
+    def about(self) -> dict[str, torch.Tensor]:
+        """What recommending needs of the data: original ids, and who has rated what, [2, N]."""
+        seen = torch.stack([self.user, self.item])
+        return {"user_ids": self.user_ids, "item_ids": self.item_ids, "seen": seen}
+
 
 def movielens(folder: str | Path | None = None) -> Interactions:
     """Ratings from `folder` (any MovieLens edition, or data in its formats); without one, ML-100K, fetched and cached.
@@ -66,6 +71,25 @@ def leave_one_out(data: Interactions) -> tuple[Interactions, Interactions]:
     held_out = torch.zeros(len(data), dtype=torch.bool)
     held_out[torch.from_numpy(order[last & ~single])] = True
     return data.rows(~held_out), data.rows(held_out)
+
+
+def split_by_user(data: Interactions, seed: int) -> tuple[Interactions, Interactions, Interactions]:
+    """(training, validation, test): of each user's n rows, in random order, n // 10 for each of the last two, but at
+    least one if the user has three rows or more."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = order[data.user[order].argsort(stable=True)]
+    user = data.user[order]
+    count = user.bincount(minlength=len(data.user_ids))
+    place = torch.arange(len(data)) - (count.cumsum(0) - count)[user]  # within the user's rows
+    each = torch.maximum(count // 10, (count >= 3).long())[user]
+    parts = (place >= 2 * each, place < each, (place >= each) & (place < 2 * each))
+    return tuple(data.rows(order[part]) for part in parts)
+
+
+def concatenate(*parts: Interactions) -> Interactions:
+    """Rows of one data set, put together again."""
+    columns = (torch.cat([getattr(part, name) for part in parts]) for name in ("user", "item", "rating", "timestamp"))
+    return Interactions(*columns, parts[0].user_ids, parts[0].item_ids)
 
 
 def read_interactions(path: str | Path) -> Interactions:
