@@ -15,6 +15,7 @@ import pyfused
 from pyfused import _binary, dispatch
 
 PF = pyfused.functional
+may_hand_over = dispatch.may_hand_over  # which conftest.py switches off
 OPS = ("conv2d_relu", "conv2d_relu_max_pool2d")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 needs_cpu = pytest.mark.skipif(_binary._C is None, reason=str(_binary.why_not))
@@ -102,8 +103,9 @@ def test_tritons_rule(channels, outputs, size, dtype, groups, own):
 
 
 @needs_cpu
-def test_what_eager_does_as_well_is_left_to_it():
+def test_what_eager_does_as_well_is_left_to_it(monkeypatch):
     """No autograd.Function of ours where PyTorch's convolution would run, unless forced; the same values."""
+    monkeypatch.setattr(dispatch, "may_hand_over", may_hand_over)
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(8, 32, 12, 12, generator=g), torch.randn(32, 32, 5, 5, generator=g, requires_grad=True)
     out, expected = PF.conv2d_relu(x, w, padding=2), eager("conv2d_relu")(x, w, padding=2)
