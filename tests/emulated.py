@@ -66,4 +66,7 @@ def too_large(case, budget: int = BUDGET) -> bool:
     arguments = case.arguments(torch.float32)
     if case.op == "in_batch_cross_entropy" and arguments["user"].numel() ** 2 > 10 * budget:  # its scores
         return True
+    if case.op.startswith("conv2d") and arguments["weight"].shape[1] <= 4:  # the direct kernels' products
+        products = arguments["input"].shape[-2:].numel() * arguments["weight"].numel()
+        return products > 50 * budget
     return sum(x.numel() for x in arguments.values() if isinstance(x, torch.Tensor)) > budget

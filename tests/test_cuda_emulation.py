@@ -1,6 +1,7 @@
 """The emulation of CUDA itself: each kind of bug is reported, a right kernel is not; and what needs the emulation."""
 
 import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -310,10 +311,10 @@ RULES = {"sgd": (0, 1), "adagrad": (1, 2), "rowwise_adagrad": (1, 2), "adam": (2
 
 
 def trained(rule, user, item, tables, grad, padding=(-1, -1)):
-    """Copies of the tables and their state after one step."""
-    tables, (states, numbers) = [t.clone() for t in tables], RULES[rule]
+    """Copies of the tables and their state after one step; each table has numbers of its own."""
+    tables, (states, numbers) = [copy.deepcopy(t) for t in tables], RULES[rule]
     state = [torch.zeros(t.shape[:1] if rule == "rowwise_adagrad" else t.shape) for t in tables for _ in range(states)]
-    settings = [0.5, 0.25, 0.125, 1.0][:numbers] * len(tables)
+    settings = [x / (1 + i) for i in range(len(tables)) for x in (0.5, 0.25, 0.125, 1.0)[:numbers]]
     given = (grad, user, item, *tables, state, list(padding), [True] * 4, rule, settings)
     torch.ops.pyfused.embedding_dot_update(*given)
     return [*tables, *state]
@@ -342,6 +343,20 @@ def test_a_step_has_the_same_bits_in_any_order_of_threads(cuda, rule, dim):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("gaps", [0, 1])
+def test_a_step_on_rows_that_are_not_16_byte_blocks(cuda, rule, gaps):
+    """In one of the two tables, and numbers of a bias that are not adjacent."""
+    tables = [torch.randn(9, 16), torch.randn(9, 16), torch.randn(9, 2)[:, 1], torch.randn(9, 1)]
+    tables[gaps] = torch.randn(9, 17)[:, :16]
+    given = (torch.arange(12) % 5, torch.arange(12) % 7, tables, torch.randn(12))
+    got = trained(rule, *given)
+    with pyfused.use_backend("reference"):
+        expected = trained(rule, *given)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_a_step_leaves_out_ids_out_of_range(cuda, rule):
     tables = [torch.randn(9, 8), torch.randn(9, 8), torch.randn(9), torch.randn(9)]
     user, item, grad = torch.arange(6), torch.arange(6).flip(0) + 2, torch.randn(6)
@@ -360,11 +375,11 @@ def test_a_step_leaves_out_ids_out_of_range(cuda, rule):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("op", ["conv2d_relu", "conv2d_relu_max_pool2d"])
 def test_direct_sums_in_any_order_of_threads(cuda, monkeypatch, op, layout):
-    """Few blocks, which take several tiles each; exactly: sums of small integers."""
+    """Tiles in both directions, of which the weight gradient's few blocks take several; sums of integers, exactly."""
     monkeypatch.setattr(pyfused.backends.cuda.conv2d_direct, "_PARTS", 3)
     g = torch.Generator().manual_seed(0)
-    x = torch.randint(-2, 3, (3, 2, 13, 37), generator=g).float().to(memory_format=layout)
-    given = [torch.randint(-2, 3, s, generator=g).float().requires_grad_() for s in ((37, 2, 3, 3), (37,))]
+    x = torch.randint(-2, 3, (1, 2, 19, 75), generator=g).float().to(memory_format=layout)
+    given = [torch.randint(-2, 3, s, generator=g).float().requires_grad_() for s in ((9, 2, 3, 3), (9,))]
 
     def run():
         out = getattr(PF, op)(x, *given)
