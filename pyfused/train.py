@@ -120,8 +120,7 @@ def prepare(task: Task, model: nn.Module, options: Options) -> tuple[nn.Module, 
             raise ValueError("step_in_backward is for mf and bpr, in one process, not in float16")
         optimizer = model.optimizer = optim.Adam(model.parameters(), options.lr)
     else:
-        kind = torch.optim.AdamW if task.decoupled else torch.optim.Adam
-        optimizer = kind(model.parameters(), options.lr, weight_decay=task.weight_decay)
+        optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=task.weight_decay)
     step = task.step(model, options.mode == "fused")
     if options.mode == "fused" and not options.step_in_backward:
         _, _, example = next(batches(task, options, 1))

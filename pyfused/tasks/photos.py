@@ -25,8 +25,8 @@ class Photos(Task):
     """
 
     name, network, metrics = "image-folder", ImageCNN, ("accuracy",)
-    epochs, batch_size = 40, 32
-    size_of_image = 224
+    epochs, batch_size, lr = 40, 32, 5e-4
+    size_of_image, dropout = 224, 0.5
 
     def __init__(
         self, folder: str | Path | None = None, fold: int | None = None, skip_bad: bool = False, augment: bool = False,
@@ -44,7 +44,7 @@ class Photos(Task):
         self.size = len(self.train.paths)
 
     def arguments(self) -> dict:
-        return {"num_classes": len(self.train.classes), "size": self.size_of_image}
+        return {"num_classes": len(self.train.classes), "size": self.size_of_image, "dropout": self.dropout}
 
     def step(self, model: nn.Module, fused: bool) -> nn.Module:
         return Classification(model)

@@ -16,7 +16,7 @@ class Task(Dataset):
     settings: what the task was made with, the data aside; a checkpoint keeps them.
     size: how many training examples there are.
     metrics: what `evaluate` returns, the most telling last.
-    epochs, batch_size, lr, weight_decay: defaults; `decoupled`: AdamW instead of Adam.
+    epochs, batch_size, lr, weight_decay: defaults.
     """
 
     name: str
@@ -27,7 +27,6 @@ class Task(Dataset):
     batch_size: int
     lr = 1e-3
     weight_decay = 0.0
-    decoupled = False
     settings: Mapping[str, object] = {}
 
     def arguments(self) -> dict:
