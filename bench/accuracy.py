@@ -86,7 +86,8 @@ def table(study: Study, found: list[tuple[dict, dict]]) -> Table:
     for name in found[0][1]:
         add(name, mean([baselines[name] for _, baselines in found]))
     for label, row in {**study.published, "asked": study.asked}.items():
-        add(label, row)
+        if row:
+            add(label, row)
     result.add_section()
     for label, (row, _) in zip(labels, found, strict=True):
         add(label, row)
