@@ -2,7 +2,9 @@
 
 import copy
 import io
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import pyfused
 import pyfused.functional as PF
 import pyfused.nn as pnn
+from pyfused.fusion import measure
 
 G = torch.Generator().manual_seed(0)
 X, W, B = torch.randn(2, 3, 9, 9, generator=G), torch.randn(4, 3, 3, 3, generator=G), torch.randn(4, generator=G)
@@ -231,10 +234,10 @@ def test_data_parallel():
 
 # --- A model that fuse has changed
 @pytest.fixture
-def fused_vgg(tmp_path):
+def fused_vgg(fused_wins):
     """(unmodified, fused, example)"""
     torch.manual_seed(0)
-    model = _fused_model(tmp_path / "cache")
+    model = _fused_model()
     return pyfused.unfuse(copy.deepcopy(model)), model, _vgg_example()[0]
 
 
@@ -323,11 +326,15 @@ def test_fused_takes_tensor_subclasses(fused_vgg):
 
 # --- Two processes
 def _worker(rank, world, address, kind, fused, results):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # another interface now and then never connects
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
     try:
         torch.manual_seed(0)
-        model = _fused_model(address) if fused else Layers()
+        if fused:  # in a process of its own: as the fixture fused_wins
+            measure.seconds = lambda eager, fused: [2.0, 1.0]
+            measure.cache_file = lambda: Path(f"{address}.none") / "none"
+        model = _fused_model() if fused else Layers()
         example = tuple(t[rank : rank + 1] for t in (_vgg_example() if fused else EXAMPLE))
         if kind == "ddp":
             wrapped = nn.parallel.DistributedDataParallel(model)
@@ -348,11 +355,7 @@ def _vgg_example():
     return ARCHITECTURES[1].example(torch.float32)
 
 
-def _fused_model(cache):
-    from pyfused.fusion import measure
-
-    measure.seconds = lambda eager, fused: [2.0, 1.0]
-    measure.cache_file = lambda: pyfused.fusion.measure.Path(f"{cache}.none") / "none"
+def _fused_model():
     model = ARCHITECTURES[1].make()
     pyfused.fuse(model, _vgg_example(), verbose=False)
     assert pyfused.fuse_report(model).fused
