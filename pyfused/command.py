@@ -1,6 +1,7 @@
 """What `pyfused train` does around the loop: processes, progress bars, files."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,7 @@ def processes(options: dict) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # DistributedDataParallel goes before its group: after it, it now and then waits for ever
         dist.destroy_process_group()
 
 

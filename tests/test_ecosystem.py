@@ -1,6 +1,7 @@
 """The ops and fused models under the rest of PyTorch: each works as eager does, or raises one clear sentence."""
 
 import copy
+import gc
 import io
 import os
 import pickle
@@ -326,7 +327,7 @@ def test_fused_takes_tensor_subclasses(fused_vgg):
 
 # --- Two processes
 def _worker(rank, world, address, kind, fused, results):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # another interface now and then never connects
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
     try:
@@ -334,21 +335,25 @@ def _worker(rank, world, address, kind, fused, results):
         if fused:  # in a process of its own: as the fixture fused_wins
             measure.seconds = lambda eager, fused: [2.0, 1.0]
             measure.cache_file = lambda: Path(f"{address}.none") / "none"
-        model = _fused_model() if fused else Layers()
-        example = tuple(t[rank : rank + 1] for t in (_vgg_example() if fused else EXAMPLE))
-        if kind == "ddp":
-            wrapped = nn.parallel.DistributedDataParallel(model)
-        else:
-            from torch.distributed.fsdp import fully_shard
-
-            wrapped = fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
-        loss = loss_of(wrapped(*example))
-        loss.backward()
-        grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in wrapped.parameters()]
+        grads = _wrapped_gradients(rank, world, kind, fused)
         if rank == 0:
             torch.save(grads, results)
     finally:
+        gc.collect()  # a wrapper that outlives its group now and then waits for the group's thread, which waits for it
         dist.destroy_process_group()
+
+
+def _wrapped_gradients(rank, world, kind, fused):
+    model = _fused_model() if fused else Layers()
+    example = tuple(t[rank : rank + 1] for t in (_vgg_example() if fused else EXAMPLE))
+    if kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        wrapped = fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
+    loss_of(wrapped(*example)).backward()
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in wrapped.parameters()]
 
 
 def _vgg_example():

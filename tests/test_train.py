@@ -257,7 +257,7 @@ def test_workers_make_the_same_batches(folder):  # noqa: F811
 
 
 TWO_PROCESSES = """if True:
-    import json, sys, torch, torch.distributed as dist
+    import gc, json, sys, torch, torch.distributed as dist
     from pathlib import Path
     import test_train
     from pyfused.tasks.photos import Photos
@@ -277,6 +277,7 @@ TWO_PROCESSES = """if True:
         found[f"{name}-{mode}"] = rows
     if rank() == 0:
         (out / "rows.json").write_text(json.dumps(found))
+    gc.collect()  # as pyfused.command does
     dist.destroy_process_group()
 """
 
