@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from . import fused_models
+from .convolutions import Conv, ConvAct
 from .models import MnistStep, RecommenderStep
-from .workloads import Case, Conv, ConvAct, CrossEntropy, EmbeddingDot, InBatchCrossEntropy, LinearCrossEntropy
+from .workloads import Case, CrossEntropy, EmbeddingDot, InBatchCrossEntropy, LinearCrossEntropy
 
 BF16 = torch.bfloat16
 

@@ -19,8 +19,9 @@ import pyfused
 
 from . import harness, report
 from .cases import BF16, FULL
+from .convolutions import Conv
 from .harness import Contender, run_case
-from .workloads import Builders, Case, Conv, CrossEntropy, LinearCrossEntropy
+from .workloads import Builders, Case, CrossEntropy, LinearCrossEntropy
 
 LARGE: list[Case] = [
     CrossEntropy(shape=(8192, 128256), dtype=BF16, why="a large language model's step: 2.1 GB of logits"),

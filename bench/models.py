@@ -17,8 +17,9 @@ import pyfused.functional as PF
 import pyfused.nn as pnn
 from pyfused.models import MatrixFactorization, MnistCNN
 
+from .convolutions import Conv
 from .harness import Contender
-from .workloads import Builders, Case, Conv, Cost
+from .workloads import Builders, Case, Cost
 
 
 def training_step(loss_of: Callable, model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:

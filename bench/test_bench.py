@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from . import cases, harness, machine, memory, report, summary
 from .__main__ import app
 from .cases import FULL, QUICK, select
-from .workloads import Conv, ConvAct, CrossEntropy, EmbeddingDot, LinearCrossEntropy
+from .convolutions import Conv, ConvAct
+from .workloads import CrossEntropy, EmbeddingDot, LinearCrossEntropy
 
 CPU = torch.device("cpu")
 EVERYTHING = os.environ.get("PYFUSED_BENCH") == "full"

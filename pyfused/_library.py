@@ -44,8 +44,7 @@ def define(schema: str, alloc: Callable, reference: Callable) -> Callable:
     return call
 
 
-_TENSORS = {torch.Tensor, torch.nn.Parameter}
-_PLAIN = {*_TENSORS, type(None), bool, int, float, list, tuple}
+_PLAIN = {*dispatch.PLAIN_TENSORS, type(None), bool, int, float, list, tuple}
 _thread_keys = torch._C._dispatch_tls_local_include_set  # what this thread adds to the dispatch keys of every call
 _PLAIN_THREAD = {_thread_keys().raw_repr()}
 with torch.inference_mode():
@@ -67,7 +66,7 @@ def undisturbed(args: tuple) -> bool:
     ):
         return False
     for a in args:  # noqa: SIM110  (a generator costs as much again, and so does isinstance for what is no tensor)
-        if type(a) in _TENSORS and (a.is_neg() or a.is_meta):
+        if type(a) in dispatch.PLAIN_TENSORS and (a.is_neg() or a.is_meta):
             return False
     return True
 

@@ -119,7 +119,7 @@ def pick(op: str, args: tuple) -> Callable:
     raise RuntimeError(f"pyfused.{op}: no backend can run this: {explain(op, *args)}")
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
+PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}
 
 
 def may_hand_over(x: torch.Tensor) -> bool:
@@ -129,7 +129,7 @@ def may_hand_over(x: torch.Tensor) -> bool:
     few elements. How few was measured on CPUs, so only there. Not where a backend is forced; nor for what would bake
     the sizes at hand into a graph: torch.compile, export, fake tensors.
     """
-    return not torch.compiler.is_compiling() and type(x) in _PLAIN and x.is_cpu and _forced is None
+    return not torch.compiler.is_compiling() and type(x) in PLAIN_TENSORS and x.is_cpu and _forced is None
 
 
 def cedes(op: str, args: tuple) -> bool:

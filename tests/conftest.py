@@ -72,6 +72,15 @@ def tiny_calls_reach_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "may_hand_over", lambda x: False)
 
 
+@pytest.fixture(params=_binary._C.isas() if _binary._C else [])
+def isa(request):
+    """Run the test on one instruction set of this machine after the other. Gives its name."""
+    before = _binary._C.isa()
+    _binary._C.set_isa(request.param)
+    yield request.param
+    _binary._C.set_isa(before)
+
+
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     """Run the test on one backend and, for "cpu-*", one instruction set. Gives the device of its tensors."""

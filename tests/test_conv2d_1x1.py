@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 _C = pytest.importorskip("pyfused._C")
+pytestmark = pytest.mark.usefixtures("isa")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 # images, C, H, W, O, why
@@ -20,14 +21,6 @@ SHAPES = [
 ids = [f"{n}x{c}x{h}x{w}-{o}" for n, c, h, w, o, _ in SHAPES]
 cases = pytest.mark.parametrize("n,c,h,w,o,why", SHAPES, ids=ids)
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-
-
-@pytest.fixture(params=_C.isas(), autouse=True)
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield
-    _C.set_isa(before)
 
 
 def empty(*shape, layout):

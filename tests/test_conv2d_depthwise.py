@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 _C = pytest.importorskip("pyfused._C")
+pytestmark = pytest.mark.usefixtures("isa")
 
 CHANNELS_LAST = torch.channels_last
 
@@ -26,14 +27,6 @@ SHAPES = [
 ]
 ids = [f"{n}x{c}x{h}x{w}-k{k[0]}{k[1]}-s{s}-p{p[0]}{p[1]}" for n, c, h, w, k, s, p, _ in SHAPES]
 cases = pytest.mark.parametrize("n,c,h,w,kernel,stride,pad,why", SHAPES, ids=ids)
-
-
-@pytest.fixture(params=_C.isas(), autouse=True)
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield
-    _C.set_isa(before)
 
 
 def make(n, c, h, w, kernel):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 _C = pytest.importorskip("pyfused._C")
+pytestmark = pytest.mark.usefixtures("isa")
 
 CHANNELS_LAST = torch.channels_last
 
@@ -23,14 +24,6 @@ SHAPES = [
     (1, 128, 52, 52, 128, (1, 1), "a transformed weight larger than a cache, several blocks of tiles"),
 ]
 ids = [f"{n}x{c}x{h}x{w}-{o}-pad{p[0]}{p[1]}" for n, c, h, w, o, p, _ in SHAPES]
-
-
-@pytest.fixture(params=_C.isas(), autouse=True)
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def transform(weight, threads=1):

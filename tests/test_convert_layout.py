@@ -4,15 +4,8 @@ import pytest
 import torch
 
 _C = pytest.importorskip("pyfused._C")
+pytestmark = pytest.mark.usefixtures("isa")
 CHANNELS_LAST = torch.channels_last
-
-
-@pytest.fixture(params=_C.isas(), autouse=True)
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield
-    _C.set_isa(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

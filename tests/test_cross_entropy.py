@@ -7,21 +7,16 @@ import torch.nn.functional as F
 
 import pyfused
 import pyfused.functional as PF
-from pyfused import _binary
 from pyfused import nn as pnn
 
-ISAS = [] if _binary.why_not else _binary._C.isas()
 LAYOUTS = [(6, 5), (6, 50), (2, 5, 4)]  # gathered, by row, class stride not 1
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
+@pytest.fixture
+def isa(isa):
     """Each instruction set of the CPU backend; skipped without a compiled module."""
-    before = _binary._C.isa()
-    _binary._C.set_isa(request.param)
     with pyfused.use_backend("cpu"):
-        yield
-    _binary._C.set_isa(before)
+        yield isa
 
 
 def problem(shape, dtype=torch.float32, seed=0, scale=2.0):

@@ -1,7 +1,7 @@
 // What the direct convolution's forward and weight gradient share: sizes, the tiles of output positions that blocks take,
 // and the input under such a tile, staged in shared memory.
 #pragma once
-#include "cuda/conv2d_layout.cuh"
+#include "cuda/conv2d_maximum.cuh"
 
 namespace pyfused {
 namespace cuda {

@@ -1,7 +1,7 @@
 // What implicit-GEMM convolutions read, in channels_last: chunks of a pixel's channels, on their way to shared memory; the
 // mask of the gradient; pixels and taps, which are counted without divisions.
 #pragma once
-#include "cuda/conv2d_layout.cuh"
+#include "cuda/conv2d_maximum.cuh"
 
 namespace pyfused {
 namespace cuda {

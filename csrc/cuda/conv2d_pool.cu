@@ -10,7 +10,7 @@
 //         measured.
 // Sums    backward: over the windows by row, then column, in float (double for double).
 // Edges   NaN: the last of a window is its maximum; of equal ones, the first. Rows and columns under no window get 0.
-#include "cuda/conv2d_layout.cuh"
+#include "cuda/conv2d_maximum.cuh"
 
 namespace pyfused {
 namespace cuda {

@@ -5,33 +5,12 @@
 #include <utility>
 
 #include "cpu/simd.h"
+#include "image_layout.h"
 
 namespace pyfused {
 namespace PYFUSED_ISA {
 
-// A code is the place of a maximum in its pooling window; kDead: the maximum is 0, nothing flows back (ops page: DEAD).
-constexpr int kDead = 255;
-
 PYFUSED_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Which of the two dense layouts a 4-d tensor has; where both fit (C = 1, H = W = 1, no element), either reading is right.
-PYFUSED_INLINE bool is_nchw(const View& v) { return v.ndim == 4 && (v.contiguous() || v.numel() == 0); }
-PYFUSED_INLINE bool is_nhwc(const View& v) {
-  if (v.ndim != 4) return false;
-  if (v.numel() == 0) return true;
-  int64_t expected = 1;
-  for (int d : {1, 3, 2, 0}) {
-    if (v.shape[d] != 1 && v.strides[d] != expected) return false;
-    expected *= v.shape[d];
-  }
-  return true;
-}
-PYFUSED_INLINE bool same_shape(const View& a, const View& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int i = 0; i < a.ndim; ++i)
-    if (a.shape[i] != b.shape[i]) return false;
-  return true;
-}
 
 // --- Codes as numbers of the compute type: 0..255 are exact, and comparisons then give masks of the right width.
 template <class C>

@@ -22,7 +22,7 @@ from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
 
 WINOGRAD_SAVES = 1200  # products per pair of channels
-REMEMBERED_SAVES = 500  # the same where the weight's transform is remembered
+REMEMBERED_SAVES = 500  # the same without gradients, where the weight's transform is remembered
 LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth remembering
 
 
@@ -44,6 +44,8 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     # The products saved must pay for the weight's transform, which costs as much as some hundred positions: 9 products
     # a position against 36 a tile, used or not.
     saves = n * (9 * height * width - 36 * -(-height // 4) * -(-width // 4))
+    # In training this is asked by `_cedes`, before autograd stops recording: what then comes here saves enough, or a
+    # backend was forced, or torch.compile is at work.
     remembered = weight.nbytes >= LARGE_WEIGHT and not needs_grad(input, weight, bias)
     if winograd and op.allowed_algorithms() == "auto" and saves >= (REMEMBERED_SAVES if remembered else WINOGRAD_SAVES):
         return "winograd"
@@ -226,13 +228,19 @@ def _native_backward(grad, input, weight, saved, options, needed):
             result, d_weight, bias, grad, saved, input, weight, options[0][0], *padding, threads
         )
         return d_input, d_weight, d_bias
-    grad, saved = _channels_last(grad), _channels_last(saved)
-    _C.conv2d_winograd_backward_weight(d_weight, bias, grad, saved, _channels_last(input), *padding, threads)
-    if needed[0]:
+    winograd_backward(d_input if needed[0] else None, d_weight, bias, grad, saved, input, weight, padding)
+    return d_input, d_weight, d_bias
+
+
+def winograd_backward(d_input, d_weight, d_bias, grad, saved, input, weight, padding) -> None:
+    """Fills the gradients that are not None. saved: the output or the pool's code; None: grad is not masked."""
+    grad, threads = _channels_last(grad), torch.get_num_threads()
+    saved = None if saved is None else _channels_last(saved)
+    _C.conv2d_winograd_backward_weight(d_weight, d_bias, grad, saved, _channels_last(input), *padding, threads)
+    if d_input is not None:
         result = _channels_last(d_input, fill=False)
         _C.conv2d_winograd_backward_input(result, grad, saved, weight, *padding, threads)
         _convert(d_input, result)
-    return d_input, d_weight, d_bias
 
 
 def _finish(g, d_bias, input, weight, options, needed):

@@ -62,17 +62,7 @@ def backward(grad, input, weight, saved, stride, padding, dilation, groups, acti
     _C.conv_act_grad(g, d_bias if needed[2] else None, grad, saved, activation, slope, torch.get_num_threads())
     d_residual = g if needed[3] else weight.new_empty(0)
     if needed[1] and conv.algorithm(input, weight, None, *options) == "winograd":
-        return *_winograd_backward(g, input, weight, padding, needed), d_bias, d_residual
+        d_input, d_weight, _ = map(cached, conv_op.alloc_grads(input, weight, [*needed[:2], False]))
+        conv.winograd_backward(d_input if needed[0] else None, d_weight, None, g, None, input, weight, padding)
+        return d_input, d_weight, d_bias, d_residual
     return *conv._finish(g if of_convolution else None, d_bias, input, weight, options, needed), d_residual
-
-
-def _winograd_backward(g, input, weight, padding, needed):
-    """(d_input, d_weight)"""
-    d_input, d_weight, _ = map(cached, conv_op.alloc_grads(input, weight, needed))
-    g, threads = conv._channels_last(g), torch.get_num_threads()
-    _C.conv2d_winograd_backward_weight(d_weight, None, g, None, conv._channels_last(input), *padding, threads)
-    if needed[0]:
-        result = conv._channels_last(d_input, fill=False)
-        _C.conv2d_winograd_backward_input(result, g, None, weight, *padding, threads)
-        conv._convert(d_input, result)
-    return d_input, d_weight
