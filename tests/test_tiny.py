@@ -48,10 +48,16 @@ def problem(rows=6, classes=5):
 
 
 def test_larger_calls_reach_the_kernels(picked):
-    for rows, classes in ((3000, 5), (3000, 100)):
+    for rows, classes in ((3000, 5), (2100, 24), (3000, 25), (3000, 100)):
         picked.clear()
         PF.cross_entropy(*problem(rows, classes))
         assert picked == ["cross_entropy"]
+
+
+def test_what_is_tiny_depends_on_the_length_of_a_row(picked):
+    for rows, classes in ((190, 15), (2000, 24), (2900, 25)):
+        PF.cross_entropy(*problem(rows, classes))
+    assert not picked
 
 
 @pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"softcap": 2.0}, {"return_lse": True}, {"inplace": True}])

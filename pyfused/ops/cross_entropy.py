@@ -27,8 +27,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
 # Bytes of logits below which calls go to eager PyTorch. Ours, with 11 us more a call forward and 27 us in training,
 # wins training steps from about 260 and 240 KB on (float32, 32 to 1000 classes, one and two threads) and 160 and 270 KB
-# (bfloat16); 10 classes: 8 and 11 KB, 5 and 9 KB, eager being slow on rows that are shorter than a vector of 64 bytes.
-TINY, TINY_SHORT_ROWS = 300_000, 12_000
+# (bfloat16); 17 to 24 classes: 150 to 200 KB; 10 classes: 8 and 11 KB, 5 and 9 KB, eager being slow on rows that are
+# shorter than a vector of 64 bytes.
+TINY, TINY_ROWS_OF_96, TINY_ROWS_OF_60 = 300_000, 200_000, 12_000
 
 
 def reference(
@@ -241,7 +242,10 @@ def problem(input, target, weight, ignore_index, reduction, label_smoothing, sof
 
 def _is_tiny(input) -> bool:
     size = input.nbytes
-    return size < TINY and (size < TINY_SHORT_ROWS or input.dim() != 2 or size >= 64 * input.shape[0])
+    if size >= TINY or size < TINY_ROWS_OF_60 or input.dim() != 2:
+        return size < TINY
+    row = size // input.shape[0]
+    return row >= 64 and (row > 96 or size < TINY_ROWS_OF_96)
 
 
 def _check_inplace(input: torch.Tensor) -> None:
@@ -269,8 +273,9 @@ def cross_entropy(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax cross-entropy: the logits are read once forward and once backward; only the gradient has their size.
 
-    Less than 300 kB of logits on a CPU (12 kB in rows of less than 64 bytes), where a call costs more than a kernel
-    saves, go to eager PyTorch with its rounding, unless an option below that eager lacks or a backend is asked for.
+    Less than 300 kB of logits on a CPU (200 kB in rows of at most 96 bytes, 12 kB of less than 64), where a call costs
+    more than a kernel saves, go to eager PyTorch with its rounding, unless an option below that eager lacks or a backend
+    is asked for.
 
     Args: as torch.nn.functional.cross_entropy, and
         input: logits (C,), (N, C) or (N, C, d1, ...) with any strides; float32, float64, bfloat16 or float16.
