@@ -274,8 +274,8 @@ def cross_entropy(
     """Softmax cross-entropy: the logits are read once forward and once backward; only the gradient has their size.
 
     Less than 300 kB of logits on a CPU (200 kB in rows of at most 96 bytes, 12 kB of less than 64), where a call costs
-    more than a kernel saves, go to eager PyTorch with its rounding, unless an option below that eager lacks or a backend
-    is asked for.
+    more than a kernel saves, go to eager PyTorch with its rounding, unless an option below that eager lacks or a
+    backend is asked for.
 
     Args: as torch.nn.functional.cross_entropy, and
         input: logits (C,), (N, C) or (N, C, d1, ...) with any strides; float32, float64, bfloat16 or float16.

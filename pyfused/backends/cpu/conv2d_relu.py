@@ -83,9 +83,9 @@ def _cedes(*args) -> bool:
 
 
 def _is_onednns(nchw, input, weight, bias, stride, padding, dilation, *_) -> bool:
-    """A forward pass of 3 or 4 channels in float32: oneDNN takes 0.66 to 1.1 times as long (NCHW: from 5x5 taps on), until
-    malloc fetches fresh pages for its output. 8x3x224x224 to 64, 7x7, stride 2: 5.4 against our 6.0 ms, 16 of them 28
-    against 15. For NCHW, which it converts, that begins earlier: 8 of them take it 19 ms, us 8."""
+    """A forward pass of 3 or 4 channels in float32: oneDNN takes 0.66 to 1.1 times as long (NCHW: from 5x5 taps on),
+    until malloc fetches fresh pages for its output. 8x3x224x224 to 64, 7x7, stride 2: 5.4 against our 6.0 ms, 16 of
+    them 28 against 15. For NCHW, which it converts, that begins earlier: 8 of them take it 19 ms, us 8."""
     if weight.shape[1] < 3 or input.dtype != torch.float32 or (nchw and min(weight.shape[2:]) < 5):
         return False
     output = math.prod(op.output_shape(input, weight, stride, padding, dilation)) * input.itemsize
