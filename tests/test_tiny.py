@@ -50,17 +50,36 @@ def problem(rows=6, classes=5):
     return torch.randn(rows, classes, requires_grad=True), torch.randint(classes, (rows,))
 
 
-def test_larger_calls_reach_the_kernels(picked):
-    for rows, classes in ((3000, 5), (2100, 24), (3000, 25), (3000, 100)):
-        picked.clear()
-        PF.cross_entropy(*problem(rows, classes))
-        assert picked == ["cross_entropy"]
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
-def test_what_is_tiny_depends_on_the_length_of_a_row(picked):
-    for rows, classes in ((190, 15), (2000, 24), (2900, 25)):
-        PF.cross_entropy(*problem(rows, classes))
+SHORT_ROWS = ((201, 15, False), (190, 15, True), (2100, 24, False), (2000, 24, True))
+LONG_ROWS = ((1800, 100, False), (1700, 100, True), (5, 18000, False), (4, 18000, True), (4, 125_100, False))
+
+
+@pytest.mark.parametrize(("rows", "classes", "tiny"), SHORT_ROWS)
+def test_what_is_tiny_depends_on_the_length_of_a_row(rows, classes, tiny, picked, threads):
+    PF.cross_entropy(*problem(rows, classes))
+    assert bool(picked) != tiny
+
+
+@pytest.mark.parametrize(("rows", "classes", "tiny"), LONG_ROWS)
+def test_what_is_tiny_depends_on_threads_and_the_number_of_rows(rows, classes, tiny, picked, threads):
+    PF.cross_entropy(*problem(rows if rows < 10 else rows * threads // 2, classes))
+    assert bool(picked) != (tiny or (rows == 5 and threads == 2))
+
+
+def test_what_is_tiny_without_a_gradient_is_smaller(picked, threads):
+    logits, target = problem(450 * threads, 100)
+    PF.cross_entropy(logits, target)
     assert not picked
+    PF.cross_entropy(logits.detach(), target)
+    assert picked
 
 
 @pytest.mark.parametrize("function", [PF.conv2d_relu, PF.conv2d_relu_max_pool2d])
