@@ -109,11 +109,11 @@ _HASHED = {type(None), bool, int, str, tuple}
 
 
 def signature(args: tuple) -> tuple | None:
-    """All that may decide how a call runs, but the numbers in its CPU tensors; None where there is no telling."""
+    """All that may decide how a call runs, but the numbers in its CPU tensors; None where something else might."""
     key = [torch.is_grad_enabled(), _C and _C.isa()]
     for a in args:
         kind = type(a)
-        if kind in dispatch.PLAIN_TENSORS:
+        if kind in dispatch.PLAIN_TENSORS and a.is_cpu and a.layout is torch.strided:
             key += (a.shape, a.stride(), a.dtype, a.requires_grad)
         elif kind in _HASHED:
             key.append(a)

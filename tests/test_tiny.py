@@ -120,6 +120,10 @@ def test_a_remembered_way_follows_whatever_changes(function, picked):
         _C.set_isa(before)
         with pytest.raises(RuntimeError, match="input has 32 channels"):
             inference(x, large)
+        for other in (weight.detach().to_sparse(), weight.detach().to_mkldnn()):
+            with pytest.raises(RuntimeError, match="weight type"):
+                inference(x, other)
+        assert not inference(x, weight.detach().to("meta"))  # PyTorch takes it
 
 
 def test_remembered_ways_are_bounded(picked):
