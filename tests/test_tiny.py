@@ -156,6 +156,17 @@ def test_compiled_graphs_keep_the_registered_op_for_every_size(picked):
             assert picked == ["cross_entropy"]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("function", [PF.conv2d_relu, PF.conv2d_relu_max_pool2d])
+def test_traces_keep_the_registered_op(function, picked):
+    x, weight = torch.randn(1, 16, 6, 6), torch.randn(16, 16, 3, 3)
+    function(x, weight)
+    traced = torch.jit.trace(lambda x: function(x, weight), x)
+    assert f"pyfused::{function.__name__}" in [node.kind() for node in traced.graph.nodes()]
+    larger = torch.randn(2, 16, 40, 40)
+    torch.testing.assert_close(traced(larger), eager(function.__name__)(larger, weight), rtol=1e-4, atol=1e-3)
+
+
 def test_devices_other_than_a_cpu_and_subclasses_keep_the_op():
     class Subclass(torch.Tensor):
         pass
