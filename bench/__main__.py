@@ -64,6 +64,7 @@ def main(
     ops: Annotated[
         list[str] | None, typer.Argument(help="Ops to measure, e.g. cross_entropy. All if none is named.")
     ] = None,
+    case: Annotated[str, typer.Option(help="Only cases with this in their name, e.g. resnet18.")] = "",
     direction: Annotated[
         Direction | None, typer.Option(help="Only the forward pass, or only the training step.")
     ] = None,
@@ -107,6 +108,7 @@ def main(
             rows = compare(
                 quick,
                 ops or (),
+                text=case,
                 directions=[direction.value] if direction else ("forward", "training"),
                 dtype=getattr(torch, dtype.value) if dtype else None,
                 device=device,

@@ -97,12 +97,19 @@ QUICK: list[Case] = [
 ]
 
 
-def select(quick: bool, ops: Iterable[str] = (), dtype: torch.dtype | None = None) -> list[Case]:
-    """The cases of these ops (all, if none is named); with `dtype`, the float32 ones at that dtype."""
+def select(quick: bool, ops: Iterable[str] = (), dtype: torch.dtype | None = None, text: str = "") -> list[Case]:
+    """The cases of these ops (all, if none is named) with `text` in their names; with `dtype`, those of float32 at it.
+
+    Raises:
+        ValueError: there is no such op or case.
+    """
     cases, ops = QUICK if quick else FULL, set(ops)
     names = {case.op for case in cases}
     if unknown := sorted(ops - names):
         raise ValueError(f"unknown op {', '.join(unknown)}: choose from {', '.join(sorted(names))}")
     if dtype is not None:
         cases = [replace(case, dtype=dtype) for case in cases if case.dtype == torch.float32]
-    return [case for case in cases if not ops or case.op in ops]
+    chosen = [case for case in cases if (not ops or case.op in ops) and text in case.name]
+    if text and not chosen:
+        raise ValueError(f"no case is called {text!r}")
+    return chosen

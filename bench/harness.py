@@ -266,6 +266,7 @@ def compare(
     quick: bool = True,
     ops: Iterable[str] = (),
     *,
+    text: str = "",
     directions: Sequence[str] = ("forward", "training"),
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -279,13 +280,14 @@ def compare(
     Args:
         quick: small shapes, no torch.compile, no memory measurement: under a minute. Else full shapes: long.
         ops: names of ops to run, all if empty.
+        text: is part of the names of the cases to run.
         dtype: run the cases of float32 at this dtype instead, and leave out those of other dtypes.
         seconds: time for each contender of a case; 0.1 if quick, else 0.5.
         announce: is called with one line of text before each case, and for each contender left out.
 
     Raises:
         Incomplete: pyfused failed in some case, or its result is not eager's; the other cases were run.
-        ValueError: there is no such op.
+        ValueError: there is no such op or case.
     """
     from . import memory as memory_of
     from .cases import select  # the cases need the ops; the harness does not
@@ -293,7 +295,7 @@ def compare(
     device, with_compile = torch.device(device), not quick if with_compile is None else with_compile
     memory = not quick if memory is None else memory
     seconds = seconds or (0.1 if quick else 0.5)
-    races = [(case, d) for case in select(quick, ops, dtype) for d in case.directions if d in directions]
+    races = [(case, d) for case in select(quick, ops, dtype, text) for d in case.directions if d in directions]
     rows, failures = [], []
     for number, (case, direction) in enumerate(races, 1):
         announce(f"{number}/{len(races)} {case.title(direction)}")

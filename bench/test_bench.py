@@ -225,6 +225,9 @@ def test_selection():
     assert {case.op for case in QUICK} == {case.op for case in FULL}
     with pytest.raises(ValueError, match="unknown op conv3d: choose from conv2d_relu"):
         select(True, ["conv3d"])
+    assert [case.name for case in select(False, ["fused_model"], text="resnet18")] == ["resnet18 8x3x224x224"]
+    with pytest.raises(ValueError, match="no case is called 'resnet19'"):
+        select(False, text="resnet19")
 
 
 def test_compare_gives_rows_that_become_csv_and_plots(tmp_path):
