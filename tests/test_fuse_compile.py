@@ -13,7 +13,15 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import pyfused
+from pyfused.fusion import measure, rival
 from pyfused.fusion.backend import compile_graph, fuse_graph
+from pyfused.fusion.post_grad import Pass
+
+
+@pytest.fixture(autouse=True)
+def everything_pays(fused_wins, monkeypatch):
+    monkeypatch.setattr(rival, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(rival, "LEAST_GATHERED", 0)
 
 
 class Backend:
@@ -111,6 +119,118 @@ def test_heads(softcap, keep, dynamic):
     assert set(backend.calls) == {"cross_entropy" if keep else "head_loss"}
 
 
+# --- What is left to Inductor
+def compiled_calls(model, *example, **options):
+    """Which fused calls torch.compile makes of a model, after one run."""
+    backend = Backend()
+    torch.compile(model, backend=backend, **options)(*example)
+    return backend.calls
+
+
+CONV = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "seconds, recorded, kept",
+    [
+        ([1.0, 0.9], False, True),
+        ([1.0, 1.0], False, False),
+        ([1.0, 1.0], True, True),
+        ([1.0, 1.1], True, False),
+    ],
+)
+def test_convolutions_that_do_not_pay_are_left_to_inductor(seconds, recorded, kept, monkeypatch):
+    """Forward it must be faster than the convolution alone; in training no slower than eager."""
+    monkeypatch.setattr(measure, "seconds", lambda rival, fused: seconds)
+    with torch.set_grad_enabled(recorded):
+        assert compiled_calls(copy.deepcopy(CONV), IMAGE) == ["conv2d_relu_max_pool2d"] * kept
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_convolutions_race_against(recorded, monkeypatch):
+    """Real calls on real tensors: in channels_last, with the pool, and in training with ReLU and gradients."""
+    seen, race = [], measure.seconds
+
+    def seconds(rival, fused):
+        seen.append([torch.utils._pytree.tree_map(torch.clone, f()) for f in (rival, fused)])
+        return race(rival, fused)
+
+    monkeypatch.setattr(measure, "seconds", seconds)
+    with torch.set_grad_enabled(recorded):
+        compiled_calls(copy.deepcopy(CONV), IMAGE)
+    theirs, ours = seen[0]
+    assert type(theirs) is type(ours) is torch.Tensor and theirs.shape == ours.shape == (2, 4, 3, 3)
+    assert theirs.is_contiguous(memory_format=torch.channels_last) and ours.is_contiguous()
+    assert len(seen) == 1 + recorded
+    if recorded:
+        assert [g.shape for g in seen[1][0]] == [g.shape for g in seen[1][1]] == [(4, 3, 3, 3), (4,)]
+
+
+def test_times_of_convolutions_are_remembered(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "seconds", lambda rival, fused: calls.append(1) or [2.0, 1.0])
+    random = torch.get_rng_state()
+    for _ in range(2):
+        compiled_calls(copy.deepcopy(CONV), IMAGE)
+    assert len(calls) == 2 and all(key.startswith("compiled conv2d") for key in measure._read())
+    assert torch.equal(random, torch.get_rng_state())
+    pyfused.fuse(copy.deepcopy(CONV), IMAGE, verbose=False)
+    assert len(calls) == 4  # against another rival
+
+
+def test_sizes_that_change_are_not_fixed_by_measuring():
+    model, backend = copy.deepcopy(CONV), Backend()
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    for size in (8, 9, 12):
+        x = torch.randn(size, 3, size, size + 1)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert backend.calls == ["conv2d_relu_max_pool2d"]
+
+
+class Autocast(nn.Sequential):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_convolutions_under_autocast_are_measured_in_its_dtype(where):
+    model = Autocast(*CONV) if where == "inside" else CONV
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "outside"):
+        compiled_calls(copy.deepcopy(model), IMAGE)
+    (key,) = measure._read()
+    assert "bfloat16[2, 3, 8, 8]" in key
+
+
+class SparseFactors(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.user, self.item = (nn.Embedding(50, 8, sparse=sparse) for _ in range(2))
+
+    def forward(self, ids):
+        return (self.user(ids) * self.item(ids)).sum(-1)
+
+
+def test_small_losses_and_products_are_left_to_inductor(monkeypatch):
+    ids, logits = torch.arange(32), torch.randn(32, 12, requires_grad=True)
+    labels, head = ids % 12, Head()
+    for least in (32 * 12 * 4, 32 * 12 * 4 + 1):
+        monkeypatch.setattr(rival, "LEAST_LOGITS", least)
+        kept = least == 32 * 12 * 4
+        assert compiled_calls(nn.CrossEntropyLoss(), logits, labels) == ["cross_entropy"] * kept
+        rows = torch.randn(4, 8, 8)
+        assert compiled_calls(head, rows, labels.view(4, 8)) == ["head_loss"] * kept
+    for least in (32 * 8, 32 * 8 + 1):
+        monkeypatch.setattr(rival, "LEAST_GATHERED", least)
+        kept = least == 32 * 8
+        assert compiled_calls(SparseFactors(False), ids) == ["embedding_dot"] * kept
+    monkeypatch.setattr(rival, "LEAST_GATHERED", 0)
+    with torch.no_grad():
+        assert compiled_calls(SparseFactors(False), ids) == []
+    assert compiled_calls(SparseFactors(True), ids) == []
+
+
 def test_with_inductor():
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -126,11 +246,11 @@ def test_with_inductor():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_as_a_pass_of_inductor(training):
+@pytest.mark.parametrize("training, pays", [(False, True), (True, True), (False, False)])
+def test_as_a_pass_of_inductor(training, pays, monkeypatch):
     """After AOTAutograd: the forward convolution and its ReLU are one call, and Inductor fuses the rest."""
-    from pyfused.fusion.post_grad import Pass
-
+    if not pays:
+        monkeypatch.setattr(measure, "seconds", lambda rival, fused: [1.0, 1.0])
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Sigmoid())
@@ -146,7 +266,7 @@ def test_as_a_pass_of_inductor(training):
     with torch.set_grad_enabled(training):
         got, expected = compiled(x), plain(x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert seen[0] == ["pyfused::conv2d_relu"]
+    assert seen[0] == ["pyfused::conv2d_relu"] * pays
     if training:
         for y in (got, expected):
             y.square().sum().backward()
@@ -155,7 +275,7 @@ def test_as_a_pass_of_inductor(training):
     assert Pass().uuid() == f"pyfused {pyfused.__version__}"
 
 
-def test_a_fused_model_compiles_whole(fused_wins):
+def test_a_fused_model_compiles_whole():
     """pyfused.fuse, then torch.compile: one graph, guards and all."""
     torch._dynamo.reset()
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)

@@ -6,7 +6,9 @@ put_off.py  tensors that are computed when somebody looks at them: what is found
             head.py, linear head + cross-entropy; convolved.py, convolution + activation in a forward that is no graph
 candidate.py, measure.py    a match with its inputs; times, and their cache on disk
 verify.py, report.py        the whole model before and after; the rows
-backend.py  torch.compile(model, backend="pyfused"): the same patterns in the graphs that it captures
+backend.py, post_grad.py    torch.compile(model, backend="pyfused"): the same patterns in the graphs that it captures;
+            a pass for Inductor
+rival.py    what a fused call must be faster than there
 """
 
 from __future__ import annotations

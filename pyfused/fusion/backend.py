@@ -1,8 +1,7 @@
 """torch.compile(model, backend="pyfused"): fused calls in the graphs that TorchDynamo captures, the rest by Inductor.
 
-The graphs are rewritten before AOTAutograd sees them, so the ops bring their own backward. Nothing is measured. All
-convolutions and losses are replaced, embedding products only where they are trained: forward alone, Inductor's fused
-gather is faster. pyproject.toml registers `compile_graph` under the entry point torch_dynamo_backends.
+The graphs are rewritten before AOTAutograd sees them, so the ops bring their own backward. What Inductor does as well
+is left to it: see rival.py. pyproject.toml registers `compile_graph` under the entry point torch_dynamo_backends.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from . import conv, embedding, losses
+from . import conv, embedding, losses, rival
 from .graph import Match, call_of, distinct, rewrite
 from .head import Deferred
 
@@ -40,10 +39,10 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list, *, mode: str | None 
 
 
 def fuse_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """Replace what matches in a captured graph, in place."""
-    finders = [find_heads, losses.find, conv.find, *([embedding.find] if torch.is_grad_enabled() else [])]
-    found = (m for find in finders for m in find(gm.graph, gm))
-    rewrite(gm.graph, distinct(m for m in found if isinstance(m, Match)))
+    """Replace what matches in a captured graph and pays, in place."""
+    found = (m for find in (find_heads, losses.find, conv.find, embedding.find) for m in find(gm.graph, gm))
+    matches = distinct(m for m in found if isinstance(m, Match))
+    rewrite(gm.graph, [m for m in matches if rival.pays(m, gm)])
     gm.recompile()
     return gm
 

@@ -51,14 +51,21 @@ def seconds(*functions: Callable) -> list[float]:
     return [statistics.median(kept) for kept in times]
 
 
-def times_of(key: str, eager: Callable, fused: Callable, needed: Sequence[torch.Tensor], training: bool) -> Times:
+def times_of(
+    key: str,
+    eager: Callable,
+    fused: Callable,
+    needed: Sequence[torch.Tensor],
+    training: bool,
+    needed_by_eager: Sequence[torch.Tensor] | None = None,
+) -> Times:
     """Times of two functions without arguments; `needed` are the tensors that training wants gradients of."""
     key = f"{key} {_machine()}"
     known = _read().get(key)
     if known is not None and (known["training"][0] or not training):
         return Times(tuple(known["forward"]), tuple(known["training"]))
 
-    def step(function: Callable) -> Callable:
+    def step(function: Callable, needed: Sequence[torch.Tensor]) -> Callable:
         upstream = torch.ones_like(function())
 
         def run():
@@ -68,7 +75,9 @@ def times_of(key: str, eager: Callable, fused: Callable, needed: Sequence[torch.
 
     with torch.no_grad():
         forward = seconds(eager, fused)
-    both = seconds(step(eager), step(fused)) if training and needed else (0.0, 0.0)
+    both = (0.0, 0.0)
+    if training and needed:
+        both = seconds(step(eager, needed if needed_by_eager is None else needed_by_eager), step(fused, needed))
     found = Times(tuple(forward), tuple(both))
     _write(key, found)
     return found

@@ -3,7 +3,8 @@
     torch.compile(model, options={"post_grad_custom_pre_pass": Pass()})
 
 What backend="pyfused" finds comes earlier and is more: losses, activations and pools are taken apart before this runs,
-and in training only the forward convolution is replaced. It is for those who must keep another backend's front end.
+and in training only the forward convolution is replaced, where that alone is faster. It is for those who must keep
+another backend's front end.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from .. import functional
+from . import rival
 from .graph import only_user
 
 
@@ -46,6 +49,9 @@ def _is_plain(convolution: fx.Node) -> bool:
 
 def _fuse(graph: fx.Graph, convolution: fx.Node, relu: fx.Node) -> None:
     args = (*convolution.args[:6], convolution.args[8])
+    values = tuple(fx.map_arg(x, lambda node: node.meta["val"]) for x in args)
+    if not rival.is_faster("conv2d + relu", functional.conv2d_relu, values, {}, values[0].dtype, training=False):
+        return
     with graph.inserting_before(relu):
         fused = graph.call_function(torch.ops.pyfused.conv2d_relu.default, args)
     fused.meta = dict(relu.meta)
