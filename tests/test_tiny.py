@@ -1,6 +1,7 @@
 """Tiny calls on a CPU: eager PyTorch's, bit for bit; with our errors, and only where eager can do what is asked."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import pyfused
 import pyfused.functional as PF
 from pyfused import dispatch
 from pyfused._library import SIGNATURES
+from pyfused.ops import conv_act
 
 OPS = sorted({case.op for case in CASES})
 may_hand_over, pick = dispatch.may_hand_over, dispatch.pick
@@ -134,6 +136,52 @@ def test_remembered_ways_are_bounded(picked):
     assert len(inspect.getclosurevars(_way).nonlocals["answers"]) <= SIGNATURES
 
 
+def test_conv_act_reaches_its_kernels_for_winograd_and_for_gelu_in_channels_last(picked):
+    pytest.importorskip("pyfused._C")
+
+    def runs(shape, weight, layout=torch.channels_last, dtype=torch.float32, **options):
+        picked.clear()
+        x, weight = torch.randn(shape, dtype=dtype), torch.randn(weight, dtype=dtype, requires_grad=True)
+        if x.dim() == 4:
+            x = x.to(memory_format=layout)
+        PF.conv_act(x, weight, **options).sum().backward()
+        return picked == ["conv_act", "conv_act_backward"]
+
+    large, three, one = (4, 64, 42, 42), (64, 64, 3, 3), (64, 64, 1, 1)
+    nchw = torch.contiguous_format
+    for layout in (torch.channels_last, nchw):
+        assert runs(large, three, layout, activation="silu")
+        assert not runs(large, one, layout, activation="silu")
+        assert not runs((1, 64, 8, 8), three, layout, activation="silu")
+    residual = torch.randn(4, 64, 40, 40)
+    assert runs(large, three, activation="relu", residual=residual)
+    assert not runs((4, 64, 40, 40), one, activation="relu", residual=residual)
+    assert runs(large, one, activation="gelu")
+    assert not runs(large, one, nchw, activation="gelu")
+    assert not runs(large, one, dtype=torch.bfloat16, activation="gelu")
+    assert not runs((2, 256, 30, 30), (64, 256, 1, 1), activation="gelu")
+    assert not runs((4, 64, 3000), (64, 64, 3), activation="gelu")
+    with pyfused.use_backend("cpu"):
+        assert dispatch._forced == "cpu" and runs(large, one, activation="silu")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "none", "leaky_relu", "silu"])
+@pytest.mark.parametrize("shape, weight", [((2, 3, 9), (4, 3, 3)), ((3, 9), (4, 3, 3)), ((3, 7, 7), (4, 3, 1, 1))])
+def test_conv_act_in_eager_pytorch_changes_nothing_given(activation, shape, weight, picked):
+    x, weight = (torch.randn(s, requires_grad=True) for s in (shape, weight))
+    plain = PF.conv_act(x, weight, activation="none")
+    residual = torch.randn_like(plain, requires_grad=True)
+    given = [t.detach().clone() for t in (x, weight, residual)]
+    options = {"activation": activation, "negative_slope": 0.3}
+    got = PF.conv_act(x, weight, residual=residual, **options)
+    expected = conv_act.reference(x, weight, residual=residual, **options)
+    assert not picked and torch.equal(got, expected)
+    got, expected = (torch.autograd.grad(y.square().sum(), (x, weight, residual)) for y in (got, expected))
+    assert same(got, expected) and all(torch.equal(a, b) for a, b in zip(given, (x, weight, residual)))
+    wide = PF.conv_act(x, weight, residual=torch.ones(()), **options)  # broadcast
+    torch.testing.assert_close(wide, conv_act.EAGER[activation](plain + 1, 0.3))
+
+
 @pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"softcap": 2.0}, {"return_lse": True}, {"inplace": True}])
 def test_what_eager_lacks_stays(picked, options):
     x, target = problem()
@@ -188,7 +236,7 @@ def test_errors_name_argument_and_value():
     for f in (PF.embedding_dot, PF.in_batch_cross_entropy):
         with pytest.raises(IndexError, match=r"item 9 is out of bounds.*item\[1\]"):
             f(ids, bad, table, table)
-    for f in (PF.conv2d_relu, PF.conv2d_relu_max_pool2d):
+    for f in (PF.conv2d_relu, PF.conv2d_relu_max_pool2d, partial(PF.conv_act, activation="silu")):
         with pytest.raises(RuntimeError, match="input has 3 channels"):
             f(image, weight)
 

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .._library import define, differentiable_grads, needs_grad, reject
+from .. import dispatch
+from .._library import by_signature, define, differentiable_grads, is_transformed, needs_grad, reject
 from . import conv2d_relu as conv
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
@@ -46,6 +47,13 @@ def reference(
     convolve = F.conv1d if _is_rows(weight) else F.conv2d
     z = convolve(input, weight, bias, stride, padding, dilation, groups)
     return EAGER[activation](z if residual is None else z + residual, negative_slope)
+
+
+def eager_in_place(input, weight, bias, residual, *options, activation, negative_slope):
+    """The same with the addition in place, and the ReLU, as autograd allows."""
+    z = (F.conv1d if _is_rows(weight) else F.conv2d)(input, weight, bias, *options)
+    z = z if residual is None else z.add_(residual)
+    return z.relu_() if activation == "relu" else EAGER[activation](z, negative_slope)
 
 
 def _reference(input, weight, bias, residual, *options):
@@ -151,15 +159,21 @@ def as_maps(input, weight, bias, stride, padding, dilation, groups):
     return input.unsqueeze(-2), weight.unsqueeze(-2), bias, two(stride, 1), two(padding, 0), two(dilation, 1), groups
 
 
-def _is_residual(x, input, shape: list[int]) -> bool:
-    """Whether the op takes it; eager PyTorch deals with broadcasting and promotion."""
+def _is_residual(x, input, weight, maps: tuple) -> bool:
+    """Whether the op takes it; eager PyTorch deals with broadcasting and promotion. maps: what `prepare` made."""
+    rows, unbatched, shape = _is_rows(weight), input.dim() == weight.dim() - 1, _shape(maps)
     return (
         isinstance(x, torch.Tensor)
         and x.dtype == input.dtype
         and x.device == input.device
         and x.layout == torch.strided
-        and list(x.shape) == shape
+        and tuple(x.shape) == (*shape[unbatched:2], *shape[2 + rows :])
     )
+
+
+def _shape(maps: tuple) -> tuple[int, ...]:
+    input, weight, _, stride, padding, dilation, _ = maps
+    return conv.output_shape(input, weight, stride, padding, dilation)
 
 
 def conv_act(
@@ -176,6 +190,9 @@ def conv_act(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """activation(conv(input, weight, bias) + residual), conv1d or conv2d; bias, residual and activation in one pass.
+
+    On a CPU, convolutions that Winograd's algorithm does not take, or that are too small to repay the call, go to eager
+    PyTorch, with residual and ReLU in place; but for GELU in channels_last, which PyTorch is slow at.
 
     Args: as torch.nn.functional.conv2d or, where `weight` has three dimensions, conv1d, and
         input: (N, C_in, H, W), (N, C_in, L), or without N; float32, float64, bfloat16 or float16. Others run in eager
@@ -200,20 +217,37 @@ def conv_act(
     kwargs = {"activation": activation, "negative_slope": negative_slope, "residual": residual}
     if isinstance(input, torch.Tensor):
         input, weight, bias = conv.autocast(input, weight, bias)
+    tensors, options = (input, weight, bias, residual), given[3:]
+    hand_over = dispatch.may_hand_over(input) and not is_transformed()
+    if hand_over and _goes_to_eager(conv.allowed_algorithms(), *tensors, *options, activation):
+        return eager_in_place(*tensors, *options, activation=activation, negative_slope=negative_slope)
     if not conv.is_native(input, weight, bias):
         return reference(*given, **kwargs)
-    unbatched, args = input.dim() == weight.dim() - 1, (input, weight, bias, *given[3:])
+    unbatched, args = input.dim() == weight.dim() - 1, (input, weight, bias, *options)
     problem, args = conv.prepare(*(as_maps(*args) if rows else args))
     if problem:
         reject("conv_act", problem, reference, *given, **kwargs)
     if residual is not None:
-        shape = conv.output_shape(*args[:2], *args[3:6])
-        if not _is_residual(residual, args[0], [*shape[unbatched:2], *shape[2 + rows :]]):
+        if not _is_residual(residual, input, weight, args):
             return reference(*given, **kwargs)
-        residual = residual.reshape(shape)
+        residual = residual.reshape(_shape(args))
     output = _run(*args[:3], residual, *args[3:], ACTIVATIONS.index(activation), float(negative_slope))
     output = output.squeeze(0) if unbatched else output
     return output.squeeze(-2) if rows else output
+
+
+@by_signature
+def _goes_to_eager(_, input, weight, bias, residual, *options) -> bool:
+    """Whether a call on CPU tensors that nothing is wrong with is one that eager PyTorch does as well."""
+    if not conv.is_native(input, weight, bias):
+        return False
+    *options, activation = options
+    args = (input, weight, bias, *options)
+    problem, args = conv.prepare(*(as_maps(*args) if _is_rows(weight) else args))
+    if problem or not (residual is None or _is_residual(residual, input, weight, args)):
+        return False
+    args = (*args[:3], residual, *args[3:], ACTIVATIONS.index(activation))
+    return conv.is_tiny(*args[:2]) or dispatch.cedes("conv_act", args)
 
 
 def _run(input, weight, bias, residual, *options):

@@ -1,12 +1,17 @@
 """conv_act on the CPU, by two of conv2d_relu's algorithms.
 
 winograd    where conv2d_relu takes it; residual and activation in its epilogue, unless backward needs z.
-aten        PyTorch's convolution (oneDNN) with its bias, then one pass of ours, in place unless backward needs z.
+aten        PyTorch's convolution (oneDNN) with its bias, then one pass of ours, in place unless backward needs z. That
+            is no faster than eager PyTorch (0.7 to 1.0 of its speed up to 1.6 MB of output, 0.91 to 1.07 beyond), so
+            the public function calls this (`_cedes`) but for GELU of maps in channels_last in float32: PyTorch then
+            leaves oneDNN's GELU, and ours is 1.4 to 2.3 times as fast forward and 1.8 to 10 times in training.
 
 In backward one pass gives g and the bias gradient, as for ReLU; then the same two.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -17,7 +22,8 @@ from ...ops import conv2d_relu as conv_op
 from ...ops import conv_act as op
 from . import conv2d_relu as conv
 
-NONE = op.ACTIVATIONS.index("none")
+NONE, GELU = map(op.ACTIVATIONS.index, ("none", "gelu"))
+LEAST_GELU = 200_000  # numbers of output: 2x3x64x64 -> 16, stride 2, loses by a tenth, 8 of them -> 32 win
 
 
 def _winograd(convolution, residual, activation, slope) -> torch.Tensor:
@@ -36,7 +42,17 @@ def _aten(convolution) -> torch.Tensor:
     return conv_op.conform(out, conv_op.alloc(*convolution))
 
 
-@kernel("conv_act", "cpu")
+def _cedes(input, weight, bias, residual, stride, padding, dilation, groups, activation) -> bool:
+    """Whether eager PyTorch does as well."""
+    convolution = (input, weight, bias, stride, padding, dilation, groups)
+    if conv.algorithm(*convolution) == "winograd":
+        return False
+    size = math.prod(conv_op.output_shape(input, weight, stride, padding, dilation))
+    last = conv_op.memory_format(input, weight) == torch.channels_last
+    return not (activation == GELU and last and input.dtype == torch.float32 and size >= LEAST_GELU)
+
+
+@kernel("conv_act", "cpu", cedes=_cedes)
 def forward(input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, keep):
     convolution = (input, weight, bias, stride, padding, dilation, groups)
     winograd = conv.algorithm(*convolution) == "winograd"
