@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES, Block, LanguageModel, ResNet, loss_of
 from torch import nn
 
 import pyfused
-from pyfused.fusion import convolved, head, losses, measure
+from pyfused.fusion import convolved, head, losses, measure, verify
 from pyfused.fusion.trace import install
 
 pytestmark = pytest.mark.usefixtures("fused_wins")
@@ -195,6 +195,28 @@ def test_verification_undoes_what_is_wrong(monkeypatch):
     report = pyfused.fuse_report(model)
     assert not report.fused and "Everything was undone: " in report.notes[-1] and type(model) is LossInside
     assert "did not pass verification" in str(report)
+
+
+def test_what_is_zero_but_for_rounding_is_measured_by_its_like():
+    """The running mean of a norm behind another and a convolution without bias: EfficientNets have such."""
+    before = {"buffer a.running_mean": torch.tensor([0.1, -0.1]), "buffer b.running_mean": torch.tensor([1e-9, 1e-9])}
+    after = before | {"buffer b.running_mean": -before["buffer b.running_mean"]}
+    assert 0 < verify.compare(before, after, 1e-3)[1] < 1e-3
+    only = {"buffer b.running_mean": before["buffer b.running_mean"], "buffer table": torch.tensor([1e3])}
+    assert verify.compare(only, only | {"buffer b.running_mean": torch.zeros(2)}, 1e-3)[1:] == (
+        1,
+        "buffer b.running_mean",
+    )
+
+
+def test_gradients_may_take_other_branches_in_float32():
+    before = {name: torch.ones(2, dtype=torch.float64) for name in ("output 0", "gradient of w")}
+    for tolerance, allowed in ((1e-3, 1e-2), (1e-9, 1e-9), (1e-1, 1e-1)):
+        for name, off, most in (("output 0", 1.5 * tolerance, tolerance), ("gradient of w", 1.5 * allowed, allowed)):
+            within, beyond = (
+                verify.compare(before, before | {name: before[name] + x}, tolerance)[0] for x in (off / 2, off)
+            )
+            assert within < 1 < beyond and verify.allowance(name, tolerance) == most
 
 
 class LossInside(nn.Module):

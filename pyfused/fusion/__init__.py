@@ -43,7 +43,7 @@ def fuse(
             times; its buffers and the random state are restored. None: the first call's arguments are the example.
         mode: "train" (candidates must be faster forward and backward) or "inference" (forward, in eval mode).
         verify: compare outputs, and in train mode every parameter's gradient, before and after, and undo everything if
-            they differ by more than `verify.TOLERANCE` (1e-3 in float32; Winograd convolutions stay within 1e-4).
+            they differ by more than `verify.TOLERANCE` (1e-3 in float32, gradients 1e-2).
         verbose: print the report, which `fuse_report(model)` gives too.
 
     Raises:

@@ -13,7 +13,7 @@ from .graph import Match, distinct, hooked, why_not
 from .put_off import fates
 from .report import Report, Row
 from .trace import CannotTrace, Plan, calls_of, graph_of, install, matches_in, uninstall
-from .verify import compare, restore, results, state_of, tolerance
+from .verify import allowance, compare, restore, results, state_of, tolerance
 
 
 class Search:
@@ -188,13 +188,13 @@ class Search:
     def _verify(self, before: dict, before_eval: dict) -> None:
         allowed = tolerance(self.model, before)
         try:
-            worst = compare(before, self.results(self.training))
+            worst = compare(before, self.results(self.training), allowed)
             if before_eval:
-                worst = max(worst, compare(before_eval, self._in_eval()))
+                worst = max(worst, compare(before_eval, self._in_eval(), allowed))
+            excess, self.report.error, name = worst
             problem = (
-                None if worst[0] <= allowed else f"{worst[1]} differed by {worst[0]:.1e}, {allowed:.0e} is allowed"
+                f"{name} differed by {worst[1]:.1e}, {allowance(name, allowed):.0e} is allowed" if excess > 1 else None
             )
-            self.report.error = worst[0]
         except Exception as error:
             problem = f"the fused model raised {type(error).__name__}: {error}"
         if problem:
