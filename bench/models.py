@@ -25,7 +25,7 @@ from .workloads import Builders, Case, Cost
 def training_step(loss_of: Callable, model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """zero_grad, forward, backward, step. The result to agree on is the loss and the gradients before any step."""
     # By name: two models may declare their parameters in different orders.
-    parameters = [p for _, p in sorted(model.named_parameters())]
+    parameters = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
 
     def gradients():
         optimizer.zero_grad()
