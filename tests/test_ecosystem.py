@@ -151,6 +151,17 @@ def test_meta_and_fake_tensors(op):
         assert (out.shape, out.dtype, out.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
+def test_meta_tensors_of_losses_and_embeddings():
+    logits, labels, rows, head, ids, table = (t.to("meta") for t in (LOGITS, LABELS, ROWS, HEAD, USER, TABLE))
+    for out, shape in (
+        (PF.cross_entropy(logits, labels), ()),
+        (PF.linear_cross_entropy(rows, head, labels), ()),
+        (PF.embedding_dot(ids, ids, table, table), (6,)),
+        (PF.in_batch_cross_entropy(ids, ids, table, table), ()),
+    ):
+        assert (out.shape, out.dtype, out.device.type) == (shape, torch.float32, "meta")
+
+
 class Tagged(torch.Tensor):
     """A subclass without behaviour of its own."""
 

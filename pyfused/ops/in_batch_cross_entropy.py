@@ -287,4 +287,6 @@ def in_batch_cross_entropy(
         loss = _InBatchCrossEntropy.apply(*args, *options)
     else:
         loss = _forward(*args, [False] * 4, *options)[0]
-    return loss if torch.is_autocast_enabled(user_weight.device.type) else loss.to(user_weight.dtype)
+    device = user_weight.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return loss if autocast else loss.to(user_weight.dtype)
