@@ -16,6 +16,7 @@ import threading
 from array import array
 
 PAGE = 4096
+SILU, GELU = 5, 6  # places in pyfused.ops.conv_act.ACTIVATIONS
 PERIOD = 4093  # values repeat after this prime number of elements
 DTYPES = {"float32": (2, 32), "bfloat16": (4, 16), "int64": (0, 64), "uint8": (1, 8)}  # DLPack: kind, bits
 
@@ -171,6 +172,7 @@ def winograd_cases():
         yield "conv2d_winograd_transform_weight", text, (transformed, weight, 1)
         yield "conv2d_winograd", text + " transformed", (y, x, transformed, bias, pad, pad, True, 1)
         yield "conv2d_winograd", text, (y, x, weight, bias, pad, pad, True, 1)
+        yield "conv2d_winograd_act", text + " SiLU", (y, x, weight, bias, saved, pad, pad, SILU, 0.0, 1)
         pooled = [Tensor(n, out, oh // 2, ow // 2, dtype=dtype, last=True) for dtype in ("float32", "uint8")]
         yield "conv2d_winograd_pool", text, (*pooled, x, weight, bias, pad, pad, 1)
         yield "conv2d_winograd_backward_input", text, (x, grad, saved, weight, pad, pad, 1)
@@ -200,6 +202,9 @@ def epilogue_cases():
         full, g = (Tensor(n, c, h, w, last=last) for _ in range(2))
         out, code = (Tensor(n, c, h // 2, w // 2, dtype=dtype, last=last) for dtype in ("float32", "uint8"))
         yield "conv2d_relu_grad", text, (g, Tensor(c), full, full, 1)
+        for name, activation in (("SiLU", SILU), ("GELU", GELU)):
+            yield "conv_act", f"{text} {name}", (g, full, full, activation, 0.0, 1)
+            yield "conv_act_grad", f"{text} {name}", (g, Tensor(c), full, full, activation, 0.0, 1)
         yield "relu_max_unpool2d", text, (g, out, code, 2, 2, 2, 2, 1)
         yield "relu_max_pool2d", text, (out, code, full, 2, 2, 2, 2, 1)
 

@@ -161,6 +161,8 @@ def test_conv_act_reaches_its_kernels_for_winograd_and_for_gelu_in_channels_last
     assert not runs(large, one, dtype=torch.bfloat16, activation="gelu")
     assert not runs((2, 256, 30, 30), (64, 256, 1, 1), activation="gelu")
     assert not runs((4, 64, 3000), (64, 64, 3), activation="gelu")
+    assert runs((4, 64, 112, 112), one, activation="silu")
+    assert not runs((4, 64, 112, 112), one, nchw, activation="silu")
     with pyfused.use_backend("cpu"):
         assert dispatch._forced == "cpu" and runs(large, one, activation="silu")
 

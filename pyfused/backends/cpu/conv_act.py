@@ -3,8 +3,9 @@
 winograd    where conv2d_relu takes it; residual and activation in its epilogue, unless backward needs z.
 aten        PyTorch's convolution (oneDNN) with its bias, then one pass of ours, in place unless backward needs z. That
             is no faster than eager PyTorch (0.7 to 1.0 of its speed up to 1.6 MB of output, 0.91 to 1.07 beyond), so
-            the public function calls this (`_cedes`) but for GELU of maps in channels_last in float32: PyTorch then
-            leaves oneDNN's GELU, and ours is 1.4 to 2.3 times as fast forward and 1.8 to 10 times in training.
+            the public function calls this (`_cedes`) but for maps in channels_last, large ones in training (1.04 to
+            1.2), and GELU in float32: PyTorch then leaves oneDNN's GELU, and ours is 1.4 to 2.3 times as fast forward
+            and 1.8 to 10 times in training.
 
 In backward one pass gives g and the bias gradient, as for ReLU; then the same two.
 """
@@ -16,6 +17,7 @@ import math
 import torch
 
 from ... import _C
+from ..._library import needs_grad
 from ...dispatch import kernel
 from ...memory import cached
 from ...ops import conv2d_relu as conv_op
@@ -23,7 +25,8 @@ from ...ops import conv_act as op
 from . import conv2d_relu as conv
 
 NONE, GELU = map(op.ACTIVATIONS.index, ("none", "gelu"))
-LEAST_GELU = 200_000  # numbers of output: 2x3x64x64 -> 16, stride 2, loses by a tenth, 8 of them -> 32 win
+# Numbers of output. GELU: 2x3x64x64 -> 16, stride 2, loses by a tenth, 8 of them -> 32 win.
+LEAST_GELU, LEAST_TRAINED = 200_000, 3_000_000
 
 
 def _winograd(convolution, residual, activation, slope) -> torch.Tensor:
@@ -47,9 +50,11 @@ def _cedes(input, weight, bias, residual, stride, padding, dilation, groups, act
     convolution = (input, weight, bias, stride, padding, dilation, groups)
     if conv.algorithm(*convolution) == "winograd":
         return False
+    if conv_op.memory_format(input, weight) != torch.channels_last or input.dtype != torch.float32:
+        return True
     size = math.prod(conv_op.output_shape(input, weight, stride, padding, dilation))
-    last = conv_op.memory_format(input, weight) == torch.channels_last
-    return not (activation == GELU and last and input.dtype == torch.float32 and size >= LEAST_GELU)
+    trained = needs_grad(input, weight, bias, residual)
+    return not ((trained and size >= LEAST_TRAINED) or (activation == GELU and size >= LEAST_GELU))
 
 
 @kernel("conv_act", "cpu", cedes=_cedes)
