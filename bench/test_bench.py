@@ -116,6 +116,18 @@ def test_kinks_widen_the_tolerance_of_gradients_only():
         harness.check_agreement({"eager": eager, "other": other[::-1]}, gradient_tolerance=1e-2)
 
 
+def test_a_gradient_that_is_zero_but_for_rounding_is_held_against_the_others():
+    eager = [torch.ones(3), torch.ones(3), torch.full((3,), 1e-8)]
+    other = [*eager[:2], -eager[2]]
+    harness.check_agreement({"eager": eager, "other": other}, gradient_tolerance=1e-2)
+    with pytest.raises(harness.Disagreement, match="gradient 2"):
+        harness.check_agreement({"eager": eager, "other": other})
+    with pytest.raises(harness.Disagreement, match="gradient 2"):
+        harness.check_agreement(
+            {"eager": eager, "other": [*eager[:2], torch.full((3,), 1e-3)]}, gradient_tolerance=1e-2
+        )
+
+
 def test_sparse_gradients_are_compared_coalesced():
     def sparse(rows, values):
         values = torch.tensor(values)[:, None]
