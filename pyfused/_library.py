@@ -7,6 +7,8 @@ arguments back and forth, which takes it 6 to 10 us, they are called without it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -14,6 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import dispatch
+from ._binary import _C
 
 _library = torch.library.Library("pyfused", "DEF")
 
@@ -45,6 +48,9 @@ def define(schema: str, alloc: Callable, reference: Callable) -> Callable:
 
 
 _PLAIN = {*dispatch.PLAIN_TENSORS, type(None), bool, int, float, list, tuple}
+# Bound here: looked up through three modules, each takes a cache miss more.
+_is_compiling, _profiles = torch.compiler.is_compiling, torch._C._autograd._profiler_enabled
+_function_modes = torch._C._len_torch_function_stack
 _thread_keys = torch._C._dispatch_tls_local_include_set  # what this thread adds to the dispatch keys of every call
 _PLAIN_THREAD = {_thread_keys().raw_repr()}
 with torch.inference_mode():
@@ -58,17 +64,62 @@ def undisturbed(args: tuple) -> bool:
     and meta tensors, subclasses, modes of __torch_dispatch__ and __torch_function__, the profiler. Takes 1 us.
     """
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or not _PLAIN.issuperset(map(type, args))
         or _thread_keys().raw_repr() not in _PLAIN_THREAD
-        or torch._C._len_torch_function_stack()
-        or torch._C._autograd._profiler_enabled()
+        or _function_modes()
+        or _profiles()
     ):
         return False
     for a in args:  # noqa: SIM110  (a generator costs as much again, and so does isinstance for what is no tensor)
         if type(a) in dispatch.PLAIN_TENSORS and (a.is_neg() or a.is_meta):
             return False
     return True
+
+
+SIGNATURES = 1000  # remembered by each function; a model has a few dozen
+
+
+def by_signature(decide: Callable) -> Callable:
+    """`decide`, whose answer depends on nothing but the arguments' `signature`, asked once for each of them.
+
+    Between two kernels, which leave nothing of Python's in the caches, what it takes to choose an algorithm and the
+    layout of an output costs 50 to 100 us a call; a signature 5.
+    """
+    answers = {}
+
+    @functools.wraps(decide)
+    def remembered(*args):
+        key = signature(args)
+        try:
+            return answers[key]
+        except (KeyError, TypeError):  # TypeError: a tuple of what cannot be hashed
+            answer = decide(*args)
+        if key is not None:
+            if len(answers) >= SIGNATURES:
+                answers.clear()
+            with contextlib.suppress(TypeError):
+                answers[key] = answer
+        return answer
+
+    return remembered
+
+
+_HASHED = {type(None), bool, int, str, tuple}
+
+
+def signature(args: tuple) -> tuple | None:
+    """All that may decide how a call runs, but the numbers in its CPU tensors; None where something else might."""
+    key = [torch.is_grad_enabled(), _C and _C.isa()]
+    for a in args:
+        kind = type(a)
+        if kind in dispatch.PLAIN_TENSORS and a.is_cpu and a.layout is torch.strided:
+            key += (a.shape, a.stride(), a.dtype, a.requires_grad)
+        elif kind in _HASHED:
+            key.append(a)
+        else:
+            return None
+    return tuple(key)
 
 
 def is_transformed() -> bool:

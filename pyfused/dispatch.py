@@ -127,9 +127,10 @@ def may_hand_over(x: torch.Tensor) -> bool:
 
     The autograd.Function around a kernel costs 10 to 200 us more than eager's call; a kernel saves less than that on
     few elements. How few was measured on CPUs, so only there. Not where a backend is forced; nor for what would bake
-    the sizes at hand into a graph: torch.compile, export, fake tensors.
+    the sizes at hand into a graph: torch.compile, export, fake tensors, torch.jit.trace.
     """
-    return not torch.compiler.is_compiling() and type(x) in PLAIN_TENSORS and x.is_cpu and _forced is None
+    plain = not torch.compiler.is_compiling() and type(x) in PLAIN_TENSORS and x.is_cpu
+    return plain and _forced is None and torch._C._get_tracing_state() is None
 
 
 def cedes(op: str, args: tuple) -> bool:

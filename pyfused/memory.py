@@ -22,6 +22,7 @@ def cached(fresh: torch.Tensor) -> torch.Tensor:
 
 # --- What is computed from a weight and stays true while the weight does
 DERIVED_LIMIT = 512 << 20  # bytes
+LONGEST_REST = 64  # sights
 
 
 @dataclass
@@ -30,6 +31,8 @@ class _Derived:
     mark: tuple[int, int]
     fingerprint: int = 0
     value: torch.Tensor | None = None
+    rest: int = 0  # sights to come at which it is not asked for
+    next_rest: int = 1
 
 
 _derived: OrderedDict[tuple, _Derived] = OrderedDict()  # the least recently used first
@@ -40,21 +43,34 @@ def derived(source: torch.Tensor, kind: str, make: Callable[[], torch.Tensor]) -
     """make(), a tensor computed from `source` (dense float32) alone, remembered as long as `source` lives unchanged.
 
     None at the first sight of a source or of a new version of it: in training every step has a new one, and to keep
-    what is computed from it would not pay. An optimizer's step shows in the version; what does not (`.data`, NumPy)
-    shows in the fingerprint, which reads the source once, a small part of what any `make` costs that is worth it.
+    what is computed from it would not pay. What the version does not show (`.data`, NumPy, PyTorch's optimizers with
+    fused=True) shows in the fingerprint, which reads the source once, a small part of what any `make` costs that is
+    worth it. Then None for a while, twice as long each time: that, too, is how training looks.
     """
     key, mark = (id(source), kind), (0 if source.is_inference() else source._version, source.data_ptr())
     with _lock:
         entry = _derived.get(key)
-        if entry is None or entry.mark != mark or entry.source() is not source:
+        if entry is None or entry.source() is not source:
             _derived[key] = _Derived(weakref.ref(source, lambda _: _forget(key)), mark)
+            return None
+        if entry.mark != mark:
+            entry.mark, entry.value = mark, None
+            return None
+        if entry.rest:
+            entry.rest -= 1
             return None
     fingerprint = torch.empty(1, dtype=torch.int64)
     _C.fingerprint(fingerprint, source, torch.get_num_threads())
     fingerprint = fingerprint.item()
-    value = entry.value
-    if value is None or entry.fingerprint != fingerprint:
+    with _lock:
+        if entry.value is not None and entry.fingerprint != fingerprint:
+            entry.value, entry.rest, entry.next_rest = None, entry.next_rest, min(2 * entry.next_rest, LONGEST_REST)
+            return None
+        value = entry.value
+    if value is None:
         value = make()
+    else:
+        entry.next_rest = 1
     with _lock:
         entry.fingerprint, entry.value = fingerprint, value
         if key in _derived:

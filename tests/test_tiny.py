@@ -1,5 +1,7 @@
 """Tiny calls on a CPU: eager PyTorch's, bit for bit; with our errors, and only where eager can do what is asked."""
 
+import inspect
+
 import pytest
 import torch
 from accuracy import eager, gradients_of, outputs_of, public
@@ -8,6 +10,7 @@ from cases import CASES
 import pyfused
 import pyfused.functional as PF
 from pyfused import dispatch
+from pyfused._library import SIGNATURES
 
 OPS = sorted({case.op for case in CASES})
 may_hand_over, pick = dispatch.may_hand_over, dispatch.pick
@@ -47,17 +50,88 @@ def problem(rows=6, classes=5):
     return torch.randn(rows, classes, requires_grad=True), torch.randint(classes, (rows,))
 
 
-def test_larger_calls_reach_the_kernels(picked):
-    for rows, classes in ((3000, 5), (2100, 24), (3000, 25), (3000, 100)):
-        picked.clear()
-        PF.cross_entropy(*problem(rows, classes))
-        assert picked == ["cross_entropy"]
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
-def test_what_is_tiny_depends_on_the_length_of_a_row(picked):
-    for rows, classes in ((190, 15), (2000, 24), (2900, 25)):
-        PF.cross_entropy(*problem(rows, classes))
+SHORT_ROWS = ((201, 15, False), (190, 15, True), (2100, 24, False), (2000, 24, True))
+LONG_ROWS = ((1800, 100, False), (1700, 100, True), (5, 18000, False), (4, 18000, True), (4, 125_100, False))
+
+
+@pytest.mark.parametrize(("rows", "classes", "tiny"), SHORT_ROWS)
+def test_what_is_tiny_depends_on_the_length_of_a_row(rows, classes, tiny, picked, threads):
+    PF.cross_entropy(*problem(rows, classes))
+    assert bool(picked) != tiny
+
+
+@pytest.mark.parametrize(("rows", "classes", "tiny"), LONG_ROWS)
+def test_what_is_tiny_depends_on_threads_and_the_number_of_rows(rows, classes, tiny, picked, threads):
+    PF.cross_entropy(*problem(rows if rows < 10 else rows * threads // 2, classes))
+    assert bool(picked) != (tiny or (rows == 5 and threads == 2))
+
+
+def test_what_is_tiny_without_a_gradient_is_smaller(picked, threads):
+    logits, target = problem(450 * threads, 100)
+    PF.cross_entropy(logits, target)
     assert not picked
+    PF.cross_entropy(logits.detach(), target)
+    assert picked
+
+
+@pytest.mark.parametrize("function", [PF.conv2d_relu, PF.conv2d_relu_max_pool2d])
+def test_a_remembered_way_follows_whatever_changes(function, picked):
+    """The convolutions remember how a call of a signature goes: to eager or to the kernels."""
+    layout, _C = torch.channels_last, pytest.importorskip("pyfused._C")
+    x, stem = torch.randn(2, 32, 30, 30).to(memory_format=layout), torch.randn(1, 3, 64, 64).to(memory_format=layout)
+    weight, large = torch.randn(32, 32, 3, 3, requires_grad=True), torch.randn(64, 3, 7, 7, requires_grad=True)
+    reaches = []
+
+    def call(*args, **options):
+        for _ in range(3):
+            picked.clear()
+            function(*args, **options)
+            reaches.append(bool(picked))
+        assert len(set(reaches[-3:])) == 1
+        return reaches[-1]
+
+    @torch.no_grad()
+    def inference(*args, **options):
+        return call(*args, **options)
+
+    for _ in range(2):  # all of it once more, with everything remembered
+        assert call(x, weight) and inference(x, weight)
+        assert not inference(x, weight, dilation=2) and inference(x, weight, padding=1)
+        assert call(x, weight, torch.zeros(32)) and call(x[:1], weight)
+        assert not inference(x.double(), weight.detach().double())
+        assert call(stem, large)
+        assert inference(stem, large) == (function is PF.conv2d_relu_max_pool2d)  # else oneDNN's
+        with pyfused.use_backend("reference"):
+            assert inference(x, weight, dilation=2)
+        pyfused.set_conv_algorithm("direct")
+        assert not inference(x, weight)
+        pyfused.set_conv_algorithm("auto")
+        before = _C.isa()
+        _C.set_isa("baseline")
+        assert not inference(x, weight)
+        _C.set_isa(before)
+        with pytest.raises(RuntimeError, match="input has 32 channels"):
+            inference(x, large)
+        for other in (weight.detach().to_sparse(), weight.detach().to_mkldnn()):
+            with pytest.raises(RuntimeError, match="weight type"):
+                inference(x, other)
+        assert not inference(x, weight.detach().to("meta"))  # PyTorch takes it
+
+
+def test_remembered_ways_are_bounded(picked):
+    from pyfused.ops.conv2d_relu import _way
+
+    for width in range(3, 3 + SIGNATURES + 10):
+        PF.conv2d_relu(torch.zeros(1, 1, 3, width), torch.zeros(1, 1, 3, 3))
+    assert len(inspect.getclosurevars(_way).nonlocals["answers"]) <= SIGNATURES
 
 
 @pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"softcap": 2.0}, {"return_lse": True}, {"inplace": True}])
@@ -80,6 +154,17 @@ def test_compiled_graphs_keep_the_registered_op_for_every_size(picked):
             picked.clear()
             compiled(*problem(rows))
             assert picked == ["cross_entropy"]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("function", [PF.conv2d_relu, PF.conv2d_relu_max_pool2d])
+def test_traces_keep_the_registered_op(function, picked):
+    x, weight = torch.randn(1, 16, 6, 6), torch.randn(16, 16, 3, 3)
+    function(x, weight)
+    traced = torch.jit.trace(lambda x: function(x, weight), x)
+    assert f"pyfused::{function.__name__}" in [node.kind() for node in traced.graph.nodes()]
+    larger = torch.randn(2, 16, 40, 40)
+    torch.testing.assert_close(traced(larger), eager(function.__name__)(larger, weight), rtol=1e-4, atol=1e-3)
 
 
 def test_devices_other_than_a_cpu_and_subclasses_keep_the_op():

@@ -9,13 +9,13 @@ Backward takes the ReLU mask from the saved output, so no pre-activation and no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from .. import dispatch
-from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
+from .._library import by_signature, define, differentiable_grads, is_transformed, needs_grad, reject
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -116,10 +116,12 @@ _forward = define(
 
 
 # --- Backward
-def alloc_grads(input, weight, needed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(d_input, d_weight, d_bias); what is not needed has no elements."""
+def alloc_grads(input, weight, needed, layout=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(d_input, d_weight, d_bias); what is not needed has no elements. layout: memory_format(input, weight)."""
     return (
-        torch.empty_like(input, memory_format=memory_format(input, weight)) if needed[0] else weight.new_empty(0),
+        torch.empty_like(input, memory_format=layout or memory_format(input, weight))
+        if needed[0]
+        else weight.new_empty(0),
         torch.empty_like(weight) if needed[1] else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if needed[2] else 0),
     )
@@ -299,19 +301,38 @@ def conv2d_relu(
         What torch.nn.functional.conv2d raises for the same arguments.
     """
     given = (input, weight, bias, stride, padding, dilation, groups)
-    if dispatch.may_hand_over(input) and is_tiny(input, weight):
-        try:
-            return eager_in_place(*given)
-        except Exception:  # told again below, with the argument and its value
-            pass
     if isinstance(input, torch.Tensor):
         input, weight, bias = autocast(input, weight, bias)
+    if dispatch.may_hand_over(input) and not is_transformed():
+        way = _way(_allowed, input, weight, bias, stride, padding, dilation, groups)
+        if way is not None:
+            return way(input, weight, bias)
     if not is_native(input, weight, bias):
         return reference(*given)
     problem, args = prepare(input, weight, bias, stride, padding, dilation, groups)
     if problem:
         reject("conv2d_relu", problem, reference, *given)
-    if dispatch.may_hand_over(input) and dispatch.cedes("conv2d_relu", args):
-        return eager_in_place(*given)
-    output = (_Conv2dReLU.apply if needs_grad(*args[:3]) else _forward)(*args)
+    output = _run(*args)
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+def _run(*args):
+    return (_Conv2dReLU.apply if needs_grad(*args[:3]) else _forward)(*args)
+
+
+@by_signature
+def _way(_, input, weight, bias, *options) -> Callable | None:
+    """How a call on CPU tensors goes, as a function of the three: to eager PyTorch, or with its options checked and
+    completed to the registered op. None for all that needs more: what is wrong, or PyTorch's alone, or a single image
+    or "same" padding that goes to the op."""
+    if not is_native(input, weight, bias):
+        return None
+    problem, args = prepare(input, weight, bias, *options)
+    if problem:
+        return None
+    if is_tiny(input, weight) or dispatch.cedes("conv2d_relu", args):
+        return lambda *tensors: eager_in_place(*tensors, *options)
+    if args[0] is not input:
+        return None
+    run, options = _Conv2dReLU.apply if needs_grad(input, weight, bias) else _forward, args[3:]
+    return lambda *tensors: run(*tensors, *options)

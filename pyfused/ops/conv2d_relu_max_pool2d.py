@@ -9,13 +9,13 @@ indices. Ties and NaN as in torch.nn.functional.max_pool2d: the first of equal m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from .. import dispatch
-from .._library import define, differentiable_grads, needs_grad, reject
+from .._library import by_signature, define, differentiable_grads, is_transformed, needs_grad, reject
 from . import conv2d_relu as conv
 
 DEAD = 255  # also bounds the windows: their places are 0..254
@@ -155,13 +155,13 @@ def conv2d_relu_max_pool2d(
     """
     given = (input, weight, bias, stride, padding, dilation, groups)
     pool = {"pool_size": pool_size, "pool_stride": pool_stride}
-    if dispatch.may_hand_over(input) and conv.is_tiny(input, weight, TINY_DIRECT):
-        try:
-            return reference(*given, **pool)
-        except Exception:  # told again below, with the argument and its value
-            pass
     if isinstance(input, torch.Tensor):
         input, weight, bias = conv.autocast(input, weight, bias)
+    if dispatch.may_hand_over(input) and not is_transformed():
+        options = (stride, padding, dilation, groups, pool_size, pool_stride)
+        way = _way(conv.allowed_algorithms(), input, weight, bias, *options)
+        if way is not None:
+            return way(input, weight, bias)
     if not conv.is_native(input, weight, bias):
         return reference(*given, **pool)
     pool_size = conv.pair(pool_size)
@@ -172,8 +172,29 @@ def conv2d_relu_max_pool2d(
         reject("conv2d_relu_max_pool2d", problem, reference, *given, **pool)
     if pool_size[0] * pool_size[1] > DEAD:
         return reference(*given, **pool)
-    args = (*args, pool_size, pool_stride)
-    if dispatch.may_hand_over(input) and dispatch.cedes("conv2d_relu_max_pool2d", args):
-        return F.max_pool2d(conv.eager_in_place(*given), pool_size, pool_stride)
-    output = _Conv2dReLUMaxPool2d.apply(*args) if needs_grad(*args[:3]) else _forward(*args)[0]
+    output = _run(*args, pool_size, pool_stride)
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+def _run(*args):
+    return _Conv2dReLUMaxPool2d.apply(*args) if needs_grad(*args[:3]) else _forward(*args)[0]
+
+
+@by_signature
+def _way(_, input, weight, bias, *options) -> Callable | None:
+    """How a call on CPU tensors goes, as conv2d_relu's `_way` says."""
+    if not conv.is_native(input, weight, bias):
+        return None
+    *options, pool_size, pool_stride = options
+    pool_size = conv.pair(pool_size)
+    pool_stride = conv.pair(pool_stride) if pool_stride else pool_size
+    problem, args = conv.prepare(input, weight, bias, *options)
+    if problem or _problem(args, pool_size, pool_stride) or pool_size[0] * pool_size[1] > DEAD:
+        return None
+    args = (*args, pool_size, pool_stride)
+    if conv.is_tiny(input, weight, TINY_DIRECT) or dispatch.cedes("conv2d_relu_max_pool2d", args):
+        return lambda *tensors: F.max_pool2d(conv.eager_in_place(*tensors, *options), pool_size, pool_stride)
+    if args[0] is not input:
+        return None
+    options = args[3:]
+    return lambda *tensors: _run(*tensors, *options)

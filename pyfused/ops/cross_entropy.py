@@ -25,11 +25,13 @@ from .._library import define, differentiable_grads, is_transformed, needs_grad,
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
-# Bytes of logits below which calls go to eager PyTorch. Ours, with 11 us more a call forward and 27 us in training,
-# wins training steps from about 260 and 240 KB on (float32, 32 to 1000 classes, one and two threads) and 160 and 270 KB
-# (bfloat16); 17 to 24 classes: 150 to 200 KB; 10 classes: 8 and 11 KB, 5 and 9 KB, eager being slow on rows that are
-# shorter than a vector of 64 bytes.
-TINY, TINY_ROWS_OF_96, TINY_ROWS_OF_60 = 300_000, 200_000, 12_000
+# Bytes of logits below which calls go to eager PyTorch. Ours cost 10 to 50 us more a call forward and 30 to 100 in
+# training, the more the less of Python is left in the caches. In turns with eager they win from 200 to 300 KB (one
+# thread) and 400 KB (two) of 40 to 8000 classes on, in training from 500 and 800 KB, but one row of 128,256 classes
+# takes them 1.4 times as long, and two on two threads. 17 to 24 classes: 150 to 200 KB; 10 classes: 8 and 11 KB, eager
+# being slow on rows that are shorter than a vector of 64 bytes.
+TINY, TINY_TRAINING = 170_000, 350_000  # for each thread
+TINY_ROWS_OF_96, TINY_ROWS_OF_60, TINY_FEW_ROWS = 200_000, 12_000, 2_000_000
 
 
 def reference(
@@ -241,11 +243,13 @@ def problem(input, target, weight, ignore_index, reduction, label_smoothing, sof
 
 
 def _is_tiny(input) -> bool:
-    size = input.nbytes
-    if size >= TINY or size < TINY_ROWS_OF_60 or input.dim() != 2:
-        return size < TINY
-    row = size // input.shape[0]
-    return row >= 64 and (row > 96 or size < TINY_ROWS_OF_96)
+    size, threads = input.nbytes, torch.get_num_threads()
+    if size < TINY_ROWS_OF_60 or input.dim() != 2:
+        return size < TINY * threads
+    rows = input.shape[0]
+    if size <= 96 * rows:
+        return 64 * rows <= size < TINY_ROWS_OF_96
+    return size < (TINY_TRAINING if needs_grad(input) else TINY) * threads or (rows <= 4 and size < TINY_FEW_ROWS)
 
 
 def _check_inplace(input: torch.Tensor) -> None:
@@ -273,8 +277,8 @@ def cross_entropy(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax cross-entropy: the logits are read once forward and once backward; only the gradient has their size.
 
-    Less than 300 kB of logits on a CPU (200 kB in rows of at most 96 bytes, 12 kB of less than 64), where a call costs
-    more than a kernel saves, go to eager PyTorch with its rounding, unless an option below that eager lacks or a
+    On a CPU, few logits, for which a call costs more than a kernel saves (`_is_tiny`: 170 kB for each thread, 350 in
+    training; less in short rows), go to eager PyTorch with its rounding, unless an option below that eager lacks or a
     backend is asked for.
 
     Args: as torch.nn.functional.cross_entropy, and

@@ -17,7 +17,7 @@ import math
 import torch
 
 from ... import _C
-from ..._library import needs_grad
+from ..._library import by_signature, needs_grad
 from ...dispatch import kernel
 from ...memory import cached, derived
 from ...ops import conv2d_relu as op
@@ -100,6 +100,17 @@ def _pool_cedes(*args) -> bool:
     return algorithm(*args[:7]) == "aten"
 
 
+@by_signature
+def _plan(_, *args) -> tuple[str, tuple[int, ...], torch.memory_format]:
+    """(algorithm, output's shape, layout) of a convolution, after what is allowed: op.allowed_algorithms()."""
+    input, weight, _, stride, padding, dilation, _ = args
+    return algorithm(*args), op.output_shape(input, weight, stride, padding, dilation), op.memory_format(input, weight)
+
+
+def _empty(shape, layout, like: torch.Tensor) -> torch.Tensor:
+    return cached(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
+
+
 def _dense(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`x` in the layout of `like` (contiguous or channels_last); a copy only where it is not."""
     return x.contiguous(memory_format=op.memory_format(like))
@@ -153,10 +164,10 @@ def _transformed(weight: torch.Tensor) -> torch.Tensor:
 def forward(*args):
     input, weight, bias, stride, padding, _, _ = args
     threads = torch.get_num_threads()
-    chosen = algorithm(*args)
+    chosen, shape, layout = _plan(op.allowed_algorithms(), *args)
     if chosen == "aten":
         return _aten(*args)
-    out = cached(op.alloc(*args))
+    out = _empty(shape, layout, input)
     if chosen == "direct":
         _C.conv2d_direct(out, None, input, weight, bias, *stride, *padding, threads)
         return out
@@ -175,8 +186,10 @@ def forward(*args):
 def pool_forward(*args):
     input, weight, bias, stride, padding, *_, pool_size, pool_stride = args
     threads = torch.get_num_threads()
-    out, code = map(cached, pool_op.alloc(*args))
-    chosen = algorithm(*args[:7]) if _is_2x2(pool_size, pool_stride) else "aten"
+    chosen, shape, layout = _plan(op.allowed_algorithms(), *args[:7])
+    out = _empty(pool_op.pooled_shape(shape, pool_size, pool_stride), layout, input)
+    code = cached(torch.empty_like(out, dtype=torch.uint8))
+    chosen = chosen if _is_2x2(pool_size, pool_stride) else "aten"
     if chosen == "direct":
         _C.conv2d_direct(out, code, input, weight, bias, *stride, *padding, threads)
     elif chosen == "winograd":
@@ -192,8 +205,9 @@ def pool_forward(*args):
 @kernel("conv2d_relu_backward", "cpu")
 def backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
     options = stride, padding, dilation, groups
-    grad = _dense(grad, output)
-    grads = _native_backward(grad, input, weight, output, options, needed)
+    plan = _plan(op.allowed_algorithms(), input, weight, None, *options)
+    grad = grad.contiguous(memory_format=plan[2])
+    grads = _native_backward(plan, grad, input, weight, output, options, needed)
     if grads:
         return grads
     g = cached(torch.empty_like(grad)) if needed[0] or needed[1] else None
@@ -205,17 +219,17 @@ def backward(grad, input, weight, output, stride, padding, dilation, groups, nee
 @kernel("conv2d_relu_max_pool2d_backward", "cpu")
 def pool_backward(grad, input, weight, code, stride, padding, dilation, groups, pool_size, pool_stride, needed):
     options = stride, padding, dilation, groups
-    grad, g = _dense(grad, code), None
+    plan = _plan(op.allowed_algorithms(), input, weight, None, *options)
+    grad, g = grad.contiguous(memory_format=plan[2]), None
     if _is_2x2(pool_size, pool_stride):
-        grads = _native_backward(grad, input, weight, code, options, needed)
+        grads = _native_backward(plan, grad, input, weight, code, options, needed)
         if grads:
             return grads
     d_bias = weight.new_empty(weight.shape[0] if needed[2] else 0)
     if needed[2]:
         _C.conv2d_relu_grad(None, d_bias, grad, code, torch.get_num_threads())
     if needed[0] or needed[1]:
-        shape = op.output_shape(input, weight, stride, padding, dilation)
-        g = cached(torch.empty(shape, dtype=grad.dtype, memory_format=op.memory_format(code)))
+        g = _empty(*plan[1:], grad)
         _C.relu_max_unpool2d(g, grad, code, *pool_size, *pool_stride, torch.get_num_threads())
     return _finish(g, d_bias, input, weight, options, needed)
 
@@ -225,16 +239,16 @@ def _is_2x2(pool_size, pool_stride) -> bool:
     return tuple(pool_size) == tuple(pool_stride) == (2, 2)
 
 
-def _native_backward(grad, input, weight, saved, options, needed):
+def _native_backward(plan, grad, input, weight, saved, options, needed):
     """All gradients from the kernels that mask or unpool `grad` themselves, or None where there are none."""
     _, padding, _, _ = options
     threads = torch.get_num_threads()
-    chosen = algorithm(input, weight, None, *options)
+    chosen, _, layout = plan
     if not needed[1] or chosen in ("aten", "1x1") or (chosen == "direct" and needed[0]):
         return None
     if chosen == "depthwise" and saved.dtype == torch.uint8:
         return None
-    d_input, d_weight, d_bias = map(cached, op.alloc_grads(input, weight, needed))
+    d_input, d_weight, d_bias = map(cached, op.alloc_grads(input, weight, needed, layout))
     bias = d_bias if needed[2] else None
     if chosen == "direct":
         _C.conv2d_direct_backward_weight(d_weight, bias, grad, saved, input, *options[0], *padding, threads)
