@@ -143,7 +143,7 @@ def train(
     known_negatives: Annotated[
         bool | None, typer.Option("--known-negatives", help="two-tower: also items that the user has seen.")
     ] = None,
-    augment: Annotated[bool | None, typer.Option("--augment", help="image-folder: crops, mirror images.")] = None,
+    augment: Annotated[bool | None, typer.Option("--augment", help="image-folder: crops, flips, mixup.")] = None,
     skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="image-folder: skip unusable files.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and decode.")] = 0,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from . import compare as comparison
 from . import curves
 from .tasks import Task, make_task
-from .train import Options, rank, steps_per_epoch, write_csv
+from .train import Options, describe, rank, steps_per_epoch, write_csv
 from .train import train as run
 
 
@@ -86,7 +86,3 @@ def first_alone(name: str, data: Path | None, settings: dict) -> Task:
     if dist.is_initialized() and rank() == 0:
         dist.barrier()
     return task
-
-
-def describe(row: dict[str, float]) -> str:
-    return "  ".join(f"{key} {value:.4g}" for key, value in row.items())

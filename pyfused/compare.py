@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .tasks import TASKS, Task, make_task
-from .train import Options, steps_per_epoch, train, write_csv
+from .train import Options, describe, steps_per_epoch, train, write_csv
 
 EARLY_STEPS = 10  # rounding differences grow with every step, so eager and the others are compared after these
 REPORT_EVERY = 20  # steps between two messages of a training process
@@ -55,7 +55,8 @@ class Outcome:
 
     @property
     def epoch_seconds(self) -> float:
-        return statistics.median(row["seconds"] for row in self.rows)
+        """Median, without the first epoch if there are others: torch.compile's work is in it."""
+        return statistics.median(row["seconds"] for row in self.rows[1:] or self.rows)
 
 
 def compare(task: Task, data: Path | None, options: Options, threads: int, console, contenders=None) -> list[Outcome]:
@@ -72,7 +73,7 @@ def compare(task: Task, data: Path | None, options: Options, threads: int, conso
 
 
 def compete(jobs: Sequence[Job], epoch_steps: int, console) -> list[Outcome]:
-    """Runs the jobs, one process each, an epoch at a time in turns."""
+    """Runs the jobs, one process each, an epoch at a time in turns. Prints what each epoch gave when it is done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -93,8 +94,12 @@ def compete(jobs: Sequence[Job], epoch_steps: int, console) -> list[Outcome]:
         for epoch in range(jobs[0].options.epochs):
             for k in list(range(len(jobs)))[:: -1 if epoch % 2 else 1]:
                 progress.start_task(bars[k])
+                if epoch == 0:  # with what comes before it: fuse's measurements, torch.compile's work
+                    console.print(f"{jobs[k].task}, {jobs[k].contender}: begins", highlight=False)
                 take_turn(outcomes[k], pipes[k], lambda steps, k=k: progress.update(bars[k], completed=steps))
                 progress.update(bars[k], completed=(epoch + 1) * epoch_steps)
+                done = f"{jobs[k].task}, {jobs[k].contender}: {describe(outcomes[k].rows[-1])}"
+                console.print(done, highlight=False, soft_wrap=True)
         for process, pipe in zip(processes, pipes, strict=True):
             pipe.close()
             process.join()
@@ -187,8 +192,9 @@ def table(task: Task, outcomes: Sequence[Outcome]):
     from rich.table import Table
 
     caption = (
-        "s/epoch: median, training only. MiB: the most the whole process had resident (Python, PyTorch, data, model, "
-        f"activations). differs: the largest difference of any parameter from eager's after {EARLY_STEPS} Adam steps."
+        "s/epoch: median after the first epoch, training only. MiB: the most the whole process had resident (Python, "
+        "PyTorch, data, model, activations). differs: the largest difference of any parameter from eager's after "
+        f"{EARLY_STEPS} Adam steps."
     )
     title = f"{task.name}: the same training, seed {outcomes[0].job.options.seed}"
     result = Table("run", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption)  # 80 columns suffice

@@ -185,6 +185,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def describe(row: dict[str, float]) -> str:
+    return "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+
+
 def write_csv(rows: Iterable[dict], path: Path) -> None:
     """Writes rows that have the same keys, with a header."""
     rows = list(rows)

@@ -14,7 +14,7 @@ from test_train import run
 
 from pyfused import compare, curves
 from pyfused.tasks import make_task
-from pyfused.train import Options
+from pyfused.train import Options, describe
 
 
 def quiet():
@@ -35,8 +35,15 @@ def test_peak_memory_sees_a_large_block_and_forgets_it():
 def test_processes_take_turns_and_report(folder):  # noqa: F811
     """Two real training processes: rows of every epoch, parameters that follow each other, a peak of their own."""
     task = make_task("mnist-cnn", folder)
-    how = Options.of(task, epochs=6)
-    eager, fused = compare.compare(task, folder, how, 1, quiet(), ("eager NHWC", "fused"))
+    how, console = Options.of(task, epochs=6), Console(file=io.StringIO(), width=200)
+    eager, fused = compare.compare(task, folder, how, 1, console, ("eager NHWC", "fused"))
+    lines = console.file.getvalue().splitlines()  # not a terminal: each comes when its epoch is done
+    assert [line for line in lines if "epoch 6" in line or "begins" in line] == [
+        "mnist-cnn, eager NHWC: begins",
+        "mnist-cnn, fused: begins",
+        f"mnist-cnn, fused: {describe(fused.rows[5])}",
+        f"mnist-cnn, eager NHWC: {describe(eager.rows[5])}",
+    ]
     assert [row["epoch"] for row in eager.rows] == [1, 2, 3, 4, 5, 6]
     reference, _ = run(task, epochs=6, batch_size=task.batch_size)
     assert [row["loss"] for row in eager.rows] == pytest.approx([row["loss"] for row in reference], rel=1e-3)

@@ -106,21 +106,39 @@ def test_the_test_folder_is_the_test(folder):  # noqa: F811
 
 
 def test_augmentation_crops_within_the_photo_and_mirrors(tmp_path):
-    """A photo whose red rises to the right and green downwards: each crop is a window of it, either way round."""
+    """A photo whose red rises to the right and green downwards: each crop is a window of it, any way round."""
     ramp = np.zeros((90, 120, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(120) * 2, np.arange(90)[:, None] * 2
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     plain = data.decode(tmp_path / "ramp.png", 60).double()
-    mirrored, areas = 0, []
+    mirrored, flipped, areas = 0, 0, []
     for seed in range(60):
         red, green, _ = data.decode(tmp_path / "ramp.png", 60, torch.Generator().manual_seed(seed)).double()
         across, down = (red[:, -1] - red[:, 0]).mean().item() / 2, (green[-1] - green[0]).mean().item() / 2
-        mirrored += across < 0
-        areas.append(abs(across) * down / (120 * 90))
-        assert down > 0 and red.min() >= plain[0].min() - 2 and red.max() <= plain[0].max() + 2
-    assert 15 < mirrored < 45 and 0.5 < min(areas) < 0.75 and max(areas) < 1 and max(areas) - min(areas) > 0.2
+        mirrored, flipped = mirrored + (across < 0), flipped + (down < 0)
+        areas.append(abs(across * down) / (120 * 90))
+        for ramp, whole in ((red, plain[0]), (green, plain[1])):
+            assert ramp.min() >= whole.min() - 2 and ramp.max() <= whole.max() + 2
+    assert 15 < mirrored < 45 and 15 < flipped < 45
+    assert 0.5 < min(areas) < 0.75 and max(areas) < 1 and max(areas) - min(areas) > 0.2
     same = [data.decode(tmp_path / "ramp.png", 60, torch.Generator().manual_seed(4)) for _ in range(2)]
     assert torch.equal(*same) and torch.equal(plain, data.decode(tmp_path / "ramp.png", 60).double())
+
+
+def test_augmented_images_are_mixed_as_their_targets_are(folder):  # noqa: F811
+    """The colours of blue and red photos, which crops keep: each pixel's share of red is the target's."""
+    task = Photos(folder, augment=True)
+    rows, shares = torch.tensor([0, 12, 1, 13]), []
+    for seed in range(8):
+        images, targets = task.batch(rows, slice(None), torch.Generator().manual_seed(seed))
+        second, its_targets = task.batch(rows, slice(1, 3), torch.Generator().manual_seed(seed))
+        assert torch.equal(second, images[1:3]) and torch.equal(its_targets, targets[1:3])
+        assert targets.shape == (4, 3) and targets.sum(1).tolist() == pytest.approx([1] * 4)
+        red, blue = (torch.tensor(COLOURS[name]) / 255 for name in ("red", "blue"))
+        expected = targets[:, 2:] * red + targets[:, :1] * blue
+        assert (images.mean((2, 3)) - expected).abs().max() < 0.05
+        shares += targets[:, 2].tolist()
+    assert any(0.05 < share < 0.95 for share in shares) and any(share in (0, 1) for share in shares)
 
 
 def test_orientation_in_the_file_is_obeyed(tmp_path):

@@ -264,7 +264,7 @@ TWO_PROCESSES = """if True:
     from pyfused.tasks.text import Text
     from pyfused.train import rank
     torch.set_num_threads(1)
-    Photos.size_of_image, Photos.dropout, Text.context, Text.dim = 24, 0.0, 16, 32
+    Photos.size_of_image, Text.context, Text.dim = 24, 16, 32
     dist.init_process_group("gloo")
     found, folder, out = {}, Path(sys.argv[1]), Path(sys.argv[2])
     for name, mode in [(name, "eager") for name in test_train.FAST] + [("mnist-cnn", "fused"), ("bpr", "fused")]:
@@ -282,12 +282,8 @@ TWO_PROCESSES = """if True:
 """
 
 
-def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path, monkeypatch):  # noqa: F811
-    """All tasks, data that does not split evenly: the losses of every epoch, and one checkpoint, of process 0.
-
-    Without dropout, which each process draws for itself.
-    """
-    monkeypatch.setattr(Photos, "dropout", 0.0)
+def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path):  # noqa: F811
+    """All tasks, data that does not split evenly: the losses of every epoch, and one checkpoint, of process 0."""
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]

@@ -89,7 +89,8 @@ def problem_of(path: Path) -> str | None:
 def decode(path: Path, size: int, augmentation: torch.Generator | None = None) -> torch.Tensor:
     """uint8 [3, size, size] (channels last in memory) of an image file, squeezed to a square.
 
-    augmentation: draws a random crop of 60% to 100% of the area, with sides 3:4 to 4:3, and whether to mirror it.
+    augmentation: draws a random crop of 60% to 100% of the area, with sides 3:4 to 4:3, and whether to mirror it and to
+    turn it upside down.
     """
     from PIL import Image, ImageOps
 
@@ -97,13 +98,15 @@ def decode(path: Path, size: int, augmentation: torch.Generator | None = None) -
         image = ImageOps.exif_transpose(file).convert("RGB")
     box = (0, 0, *image.size)
     if augmentation is not None:
-        area, ratio, left, top, mirror = torch.rand(5, generator=augmentation).tolist()
+        area, ratio, left, top, mirror, flip = torch.rand(6, generator=augmentation).tolist()
         area, ratio = 0.6 + 0.4 * area, (3 / 4) ** (2 * ratio - 1)
         width, height = (min(1.0, (area * r) ** 0.5) for r in (ratio, 1 / ratio))
         x, y = left * (1 - width) * image.width, top * (1 - height) * image.height
         box = (x, y, x + width * image.width, y + height * image.height)
         if mirror < 0.5:
             image, box = ImageOps.mirror(image), (image.width - box[2], box[1], image.width - box[0], box[3])
+        if flip < 0.5:
+            image, box = ImageOps.flip(image), (box[0], image.height - box[3], box[2], image.height - box[1])
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import data
@@ -11,6 +13,7 @@ from .task import Classification, Task, accuracy
 
 FOLDS = 5
 SPLIT_SEED = 0
+MIXUP = 0.4  # of the Beta distribution of two images' shares (Zhang et al., 2018)
 
 
 class Photos(Task):
@@ -20,13 +23,13 @@ class Photos(Task):
         folder: holds train_data/ and test_data/, or class folders, of which fold number `fold` of five is the test.
             None: the food photos, fetched and cached.
         skip_bad: leave out files that cannot be decoded or are neither RGB nor grey; otherwise they are an error.
-        augment: random crops and mirror images in training.
+        augment: in training random crops, mirrored or upside down at random, and each image mixed with another (mixup).
         workers: processes that look the files through; those that decode batches are the training loop's.
     """
 
     name, network, metrics = "image-folder", ImageCNN, ("accuracy",)
-    epochs, batch_size, lr = 40, 32, 5e-4
-    size_of_image, dropout = 224, 0.5
+    epochs, batch_size, lr = 60, 32, 3e-3
+    size_of_image = 224
 
     def __init__(
         self, folder: str | Path | None = None, fold: int | None = None, skip_bad: bool = False, augment: bool = False,
@@ -44,26 +47,36 @@ class Photos(Task):
         self.size = len(self.train.paths)
 
     def arguments(self) -> dict:
-        return {"num_classes": len(self.train.classes), "size": self.size_of_image, "dropout": self.dropout}
+        return {"num_classes": len(self.train.classes), "size": self.size_of_image}
 
     def step(self, model: nn.Module, fused: bool) -> nn.Module:
         return Classification(model)
 
     def batch(self, rows: Tensor, own: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seeds = torch.randint(2**62, (len(rows),), generator=generator)
-        images = []
-        for row, seed in zip(rows[own].tolist(), seeds[own].tolist()):
-            how = torch.Generator().manual_seed(seed) if self.augment else None
-            images.append(data.decode(self.train.paths[row], self.size_of_image, how))
-        return torch.stack(images) / 255, self.train.labels[rows[own]]
+        """Images and labels; if they are mixed, the shares of the classes [N, C]."""
+        if not self.augment:
+            return self.images(self.train, rows[own]), self.train.labels[rows[own]]
+        others = rows[torch.randperm(len(rows), generator=generator)]
+        seeds = torch.randint(2**62, (2, len(rows)), generator=generator)
+        share = np.random.default_rng(seeds[0, 0].item()).beta(MIXUP, MIXUP)
+        images = targets = 0
+        for weight, who, how in ((share, rows[own], seeds[0, own]), (1 - share, others[own], seeds[1, own])):
+            images = images + weight * self.images(self.train, who, how)
+            targets = targets + weight * F.one_hot(self.train.labels[who], len(self.train.classes))
+        return images, targets
+
+    def images(self, photos: data.Photos, rows: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """float32 [N, 3, size, size], from 0 to 1; augmented if there are seeds, one for each."""
+        how = [None] * len(rows) if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        paths = [photos.paths[row] for row in rows.tolist()]
+        return torch.stack([data.decode(path, self.size_of_image, g) for path, g in zip(paths, how)]) / 255
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         batches = torch.arange(len(self.test.paths)).split(self.batch_size)
         return {"accuracy": accuracy(model, map(self.test_batch, batches))}
 
     def test_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        images = [data.decode(self.test.paths[row], self.size_of_image) for row in rows.tolist()]
-        return torch.stack(images) / 255, self.test.labels[rows]
+        return self.images(self.test, rows), self.test.labels[rows]
 
     def baselines(self) -> dict[str, dict[str, float]]:
         commonest = self.train.labels.bincount().argmax()
