@@ -280,27 +280,32 @@ def logits(g, *shape, layout="contiguous", scale=2.0):
     return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
-def labels(g, classes, *shape, ignored=None):
+def labels(g, classes, *shape, ignored=None, rows=1):
     t = randint(g, classes, *shape)
     if ignored is not None and t.numel() > 1:
-        t.view(-1)[1] = ignored
+        t.view(-1)[rows] = ignored
     return t
 
 
 def cross_entropy_case(
-    name, why, shape=(6, 5), layout="contiguous", ignored=None, probabilities=False, weight=False, edit=None, **options
-) -> Case:
+    name, why, shape=(6, 5), layout="contiguous", ignored=None, ignored_rows=1, probabilities=False, weight=False,
+    edit=None, margin=None, dtypes=DTYPES, **options,
+) -> Case:  # fmt: skip
+    """`margin`: of the label's logit over the largest other one, about."""
+
     def make(g):
         x = logits(g, *shape, layout=layout)
         if edit is not None:
             edit(x)
         classes, rows = (shape[0], ()) if len(shape) == 1 else (shape[1], (shape[0], *shape[2:]))
         soft = randn(g, *shape).softmax(min(1, len(shape) - 1)) if probabilities else None
-        target = labels(g, classes, *rows, ignored=ignored) if soft is None else soft
+        target = labels(g, classes, *rows, ignored=ignored, rows=ignored_rows) if soft is None else soft
+        if margin is not None:
+            x.scatter_(1, target.unsqueeze(1), margin + x.max().item())
         made = {"input": x, "target": target, **options}
         return {**made, "weight": randn(g, classes).abs() + 0.1} if weight else made
 
-    return Case("cross_entropy", name, why, make, ("input",))
+    return Case("cross_entropy", name, why, make, ("input",), dtypes)
 
 
 def block(value, rows, classes):
@@ -352,6 +357,42 @@ CROSS_ENTROPY: list[Case] = [
     cross_entropy_case("sliced_few", "gaps between the rows, gathered", (9, 10), "sliced"),
     cross_entropy_case("ignored", "an ignored row; the mean must not count it", ignored=-100),
     cross_entropy_case("ignored_none", "loss 0 of an ignored row", (6, 50), ignored=-100, reduction="none"),
+    cross_entropy_case(
+        "ignored_first",
+        "whose upstream gradient scaled every row elsewhere",
+        (6, 50),
+        ignored=-100,
+        ignored_rows=0,
+        reduction="none",
+    ),
+    *[
+        cross_entropy_case(
+            f"all_ignored_{name}",
+            f"no row counts: {why}",
+            shape,
+            ignored=-100,
+            ignored_rows=slice(None),
+            weight=True,
+            **options,
+        )
+        for name, why, shape, options in (
+            ("tile", "mean NaN, gradients 0", (6, 5), {}),
+            ("rows", "mean NaN, gradients 0", (6, 50), {}),
+            ("image", "mean NaN, gradients 0", (2, 5, 4), {"label_smoothing": 0.1}),
+            ("sum", "0", (6, 50), {"reduction": "sum"}),
+        )
+    ],
+    *[
+        cross_entropy_case(
+            f"confident_{path}",
+            "1 - p is lost in 16 bits: the label's gradient must not pass through them; float64's truth loses it",
+            shape,
+            margin=8.0,
+            reduction="none",
+            dtypes=NOT_FLOAT64,
+        )
+        for path, shape in (("tile", (19, 11)), ("rows", (7, 49)), ("image", (2, 5, 4)))
+    ],
     cross_entropy_case("ignore_index_0", "a valid class as ignore_index", ignored=0, ignore_index=0),
     cross_entropy_case("ignore_index_large", "ignore_index above the classes", (6, 50), ignored=255, ignore_index=255),
     cross_entropy_case("weight", "class weights in the mean's denominator", weight=True, ignored=-100),
@@ -412,19 +453,36 @@ CROSS_ENTROPY: list[Case] = [
             ("low", "logits far below 0", -6e4, 2, slice(None)),
         )
     ],
+    *[
+        cross_entropy_case(
+            f"masked_{name}_long",
+            f"-inf throughout {why} of a row",
+            (1, 4601),
+            edit=block(-torch.inf, 0, classes),
+            reduction="none",
+            label_smoothing=smoothing,
+        )
+        for name, why, classes, smoothing in (
+            ("first", "the first block of 4096 classes", slice(0, 4200), 0.0),
+            ("last", "the last block", slice(4000, None), 0.0),
+            ("first_smooth", "the first block, smoothed: infinite", slice(0, 4200), 0.1),
+        )
+    ],
 ]
 
 
 # --- linear_cross_entropy --------------------------------------------------------------------------------------------
 def linear_cross_entropy_case(
-    name, why, rows=9, dim=8, classes=50, bias=False, weight=False, probabilities=False, ignored=None,
+    name, why, rows=9, dim=8, classes=50, bias=False, weight=False, probabilities=False, ignored=None, ignored_rows=1,
     dtypes=DTYPES, **options,
 ) -> Case:  # fmt: skip
     def make(g):
         batch = () if rows is None else (rows,)
         made = {"input": randn(g, *batch, dim), "linear_weight": randn(g, classes, dim, scale=0.5)}
         made["target"] = (
-            randn(g, *batch, classes).softmax(-1) if probabilities else labels(g, classes, *batch, ignored=ignored)
+            randn(g, *batch, classes).softmax(-1)
+            if probabilities
+            else labels(g, classes, *batch, ignored=ignored, rows=ignored_rows)
         )
         made |= {"linear_bias": randn(g, classes)} if bias else {}
         made |= {"weight": randn(g, classes).abs() + 0.1} if weight else {}
@@ -439,6 +497,16 @@ LINEAR_CROSS_ENTROPY: list[Case] = [
     linear_cross_entropy_case("sum", "and not divided", reduction="sum", bias=True),
     linear_cross_entropy_case(
         "none", "logits computed again in backward, an upstream gradient per row", reduction="none", bias=True
+    ),
+    linear_cross_entropy_case(
+        "ignored_first",
+        "whose upstream gradient scaled every row elsewhere",
+        ignored=-100,
+        ignored_rows=0,
+        reduction="none",
+    ),
+    linear_cross_entropy_case(
+        "all_ignored", "mean NaN, gradients 0", ignored=-100, ignored_rows=slice(None), bias=True
     ),
     linear_cross_entropy_case("no_batch", "input (D,)", rows=None, bias=True),
     linear_cross_entropy_case("no_batch_none", "input (D,), loss of no dimension", rows=None, reduction="none"),
