@@ -76,9 +76,9 @@ def test_loss_of_a_confident_row_is_kept():
 
 
 @pytest.mark.parametrize("shape", LAYOUTS)
-def test_a_common_offset_loses_no_digits(shape):
+def test_a_common_offset_loses_no_digits(variant, shape):
     """lse = 30000.7 has 2e-3 between neighbours in float32; maximum and sum are saved apart."""
-    x, target = problem(shape)
+    x, target = problem(shape, device=variant)
     x = (x.detach() * 64).round().div(64).requires_grad_()  # so that the sum below is exact
     shifted = (x.detach() + 30000).requires_grad_()
     torch.testing.assert_close(
@@ -100,8 +100,8 @@ def test_an_auxiliary_loss_on_the_same_logits(variant, shape):
 # --- In place
 @pytest.mark.parametrize("shape", [*LAYOUTS, (2, 5, 3, 4), (40, 10), (40, 21), (3000, 10)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inplace_writes_the_gradient_over_the_logits(shape, dtype):
-    x, target = problem(shape, dtype)
+def test_inplace_writes_the_gradient_over_the_logits(variant, shape, dtype):
+    x, target = problem(shape, dtype, device=variant)
     expected = gradient(PF.cross_entropy(x, target), x)
     logits = x * 1
     memory = logits.data_ptr()
@@ -209,8 +209,8 @@ def test_softcap_must_be_positive():
         PF.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), softcap=-1.0)
 
 
-def test_uint8_labels():
-    x, target = problem((6, 50))
+def test_uint8_labels(variant):
+    x, target = problem((6, 50), device=variant)
     assert torch.equal(PF.cross_entropy(x, target.byte()), PF.cross_entropy(x, target))
 
 
@@ -282,8 +282,8 @@ def test_gradients_of_probabilities_and_their_weights():
         torch.testing.assert_close(a, b)
 
 
-def test_the_gradient_of_lse_is_the_softmax():
-    x, target = problem((6, 50))
+def test_the_gradient_of_lse_is_the_softmax(variant):
+    x, target = problem((6, 50), device=variant)
     target[:] = -100  # ignored rows have a log-sum-exp all the same
     _, lse = PF.cross_entropy(x, target, return_lse=True)
     torch.testing.assert_close(gradient(lse.sum(), x), x.softmax(1))
@@ -298,17 +298,17 @@ def test_softcap_of_masked_classes(variant, softcap):
     torch.testing.assert_close(PF.cross_entropy(x, target, softcap=softcap), expected)
 
 
-def test_dense_strides_that_do_not_collapse():
+def test_dense_strides_that_do_not_collapse(variant):
     """(N, C, H, W) with H and W swapped in memory: positions are no single dimension, so the logits are copied once."""
-    x = torch.randn(2, 5, 3, 4).transpose(2, 3).requires_grad_()
-    target = torch.randint(5, (2, 4, 3))
+    x = torch.randn(2, 5, 3, 4, device=variant).transpose(2, 3).requires_grad_()
+    target = torch.randint(5, (2, 4, 3), device=variant)
     torch.testing.assert_close(PF.cross_entropy(x, target), F.cross_entropy(x, target))
     torch.testing.assert_close(gradient(PF.cross_entropy(x, target), x), gradient(F.cross_entropy(x, target), x))
 
 
-def test_expanded_logits():
-    x = torch.randn(1, 50, requires_grad=True)
-    target = torch.randint(50, (6,))
+def test_expanded_logits(variant):
+    x = torch.randn(1, 50, device=variant, requires_grad=True)
+    target = torch.randint(50, (6,), device=variant)
     wide = x.expand(6, 50)
     torch.testing.assert_close(gradient(PF.cross_entropy(wide, target), x), gradient(F.cross_entropy(wide, target), x))
 

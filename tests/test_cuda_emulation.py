@@ -56,6 +56,12 @@ def test_a_right_kernel_is_not_reported(seed):
     run_planted(0, seed)
 
 
+def test_every_seeded_bug_still_applies():
+    """mutations/ against the sources of today; whether each is caught is for mutate.py to run, an hour."""
+    run = subprocess.run([sys.executable, build.HERE / "mutate.py", "--list"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.fixture
 def cuda():
     with emulated.cuda_on_cpu(), pyfused.use_backend("cuda"):

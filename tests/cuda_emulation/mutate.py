@@ -14,6 +14,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from pathlib import Path
 import build
 
 TESTS = build.HERE.parent
+SECONDS = 300  # of computing, after which a mutant runs forever
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,12 @@ def run(mutation: Mutation) -> tuple[bool, str]:
             library = build.build("check", csrc)
         except subprocess.CalledProcessError:
             return False, "does not compile"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", *mutation.tests]
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", *mutation.tests]
+        command = ["sh", "-c", f'ulimit -t {SECONDS} && exec "$@"', "sh", *pytest]
         environment = {**os.environ, "PYFUSED_EMULATION": str(library)}
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-        except subprocess.TimeoutExpired:
-            return True, "ran forever"
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if ran.returncode < 0:
+            return True, f"killed by {signal.Signals(-ran.returncode).name}"
         said = re.search(r"emulation of CUDA found\n\s*(.*)|(\w+Error: .*)|(assert .*)", ran.stdout)
         return ran.returncode != 0, next((x for x in said.groups() if x), "") if said else ""
 
