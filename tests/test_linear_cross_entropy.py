@@ -86,6 +86,15 @@ def test_label_out_of_range(bad, reduction):
         PF.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_label_out_of_range_in_a_later_chunk(reduction):
+    """Its position is that in the whole target."""
+    x, w, b, target = problem(rows=770, classes=9001)
+    target[700] = 9001
+    with pytest.raises(IndexError, match=r"target 9001 is out of bounds: target\[700\] must lie in \[0, 9001\)"):
+        PF.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+
+
 def test_bad_class_weights_and_labels_raise_what_eager_raises():
     x, w, b, target = problem()
     for options in ({"weight": torch.ones(3)}, {"reduction": "average"}, {"label_smoothing": 2.0}):
