@@ -414,15 +414,22 @@ def test_images_further_apart_than_32_bits(cuda):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-def test_under_address_and_undefined_behaviour_sanitizers():
-    """The same kernels once more, with the compilers' own checks instead of the emulation's."""
-    library = build.build("asan")
+def under_sanitizers(*command: str) -> subprocess.CompletedProcess:
+    """`python *command` with the compilers' own checks of the kernels instead of the emulation's."""
+    if reason := build.why_not():
+        pytest.skip(reason)
+    # The package under test, which the current folder's might not be: a checkout has no compiled module.
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(pyfused.__file__).parents[1])])
+    environment = {**os.environ, **build.sanitizer_environment(), "PYTHONPATH": path}
+    environment["PYFUSED_EMULATION"] = str(build.build("asan"))
+    given = {"env": environment, "cwd": tempfile.gettempdir(), "capture_output": True, "text": True, "timeout": 900}
+    return subprocess.run([sys.executable, *command], **given)
+
+
+def test_case_table_under_sanitizers():
     script = """
-import sys, torch, emulated, pyfused, cases, accuracy, test_optim
-from cuda_emulation import build
-module = build.load(sys.argv[1])
-with emulated.cuda_on_cpu(module), pyfused.use_backend("cuda"):
+import emulated, pyfused, cases, accuracy, test_optim
+with emulated.cuda_on_cpu(), pyfused.use_backend("cuda"):
     table = pyfused.dispatch.TABLE
     for case in cases.CASES:
         if "cuda" in table[case.op] and not emulated.too_large(case):
@@ -430,14 +437,21 @@ with emulated.cuda_on_cpu(module), pyfused.use_backend("cuda"):
                 accuracy.gradients_of(accuracy.public(case.op), case.arguments(dtype), case.grad)
     for optimizer, _, options in test_optim.RULES.values():
         for shape in ("padding per user", "wide tail"):
-            test_optim.Setting(torch.float32, **test_optim.SHAPES[shape]).train(optimizer, options, fused=True)
+            setting = test_optim.Setting(test_optim.torch.float32, **test_optim.SHAPES[shape])
+            setting.train(optimizer, options, fused=True)
 print("all cases ran")
 """
-    # The package under test, which the current folder's might not be: a checkout has no compiled module.
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(pyfused.__file__).parents[1])])
-    environment = {**os.environ, **build.sanitizer_environment(), "PYTHONPATH": path}
-    command = [sys.executable, "-c", script, str(library)]
-    run = subprocess.run(
-        command, env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True, timeout=300
-    )
-    assert "all cases ran" in run.stdout and "runtime error" not in run.stderr, run.stderr[-3000:]
+    run = under_sanitizers("-c", script)
+    assert "all cases ran" in run.stdout, run.stderr[-3000:]
+
+
+MORE = [("cuda_conv2d_implicit_gemm", "not gpu"), ("cuda_emulation", "hot_ids or out_of_range or distance")]
+
+
+@pytest.mark.parametrize("file, which", MORE)
+def test_more_under_sanitizers(file, which):
+    """Tiles, splits, unaligned addresses, long runs, ids out of range."""
+    tests = Path(__file__).parent / f"test_{file}.py"
+    # -s: a sanitizer ends the process, and what it says must not end in pytest's hands.
+    run = under_sanitizers("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", which, str(tests))
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]

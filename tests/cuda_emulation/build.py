@@ -108,9 +108,15 @@ def load(library: Path):
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """Variables under which Python can load the "asan" build."""
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout
-    return {"LD_PRELOAD": library.strip(), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    """Variables under which Python can load the "asan" build. libstdc++: or a C++ exception finds no `throw`."""
+    names = ("libasan.so", "libstdc++.so")
+    ask = (["g++", f"-print-file-name={name}"] for name in names)
+    found = (subprocess.run(a, check=True, capture_output=True, text=True).stdout.strip() for a in ask)
+    return {
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+    }
 
 
 if __name__ == "__main__":
