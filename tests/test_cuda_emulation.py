@@ -426,6 +426,15 @@ def under_sanitizers(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], **given)
 
 
+@pytest.mark.parametrize(
+    "bug, said", [("past_the_end", "AddressSanitizer: heap-buffer-overflow"), ("overflow", "signed integer overflow")]
+)
+def test_sanitizers_notice(bug, said):
+    script = f"import test_cuda_emulation as t; t.run_planted(1 + list(t.PLANTED).index({bug!r}), 1); print('ran')"
+    run = under_sanitizers("-c", script)
+    assert said in run.stderr and "ran" not in run.stdout, run.stderr[-3000:]
+
+
 def test_case_table_under_sanitizers():
     script = """
 import emulated, pyfused, cases, accuracy, test_optim
