@@ -73,7 +73,7 @@ def conv_case(
 ) -> Case:  # fmt: skip
     """`exact`: multiples of 1/8, so that no dtype rounds the output and a maximum has ties. `view`: of the input.
 
-    `residual`: the memory format of one.
+    `residual`: the memory format of one. bias: "gaps" for one whose numbers are not adjacent.
     """
 
     def make(g):
@@ -89,12 +89,12 @@ def conv_case(
         if view:
             arguments["input"] = view(arguments["input"])
         if bias:
-            arguments["bias"] = values(c_out)
+            arguments["bias"] = values(2 * c_out)[::2] if bias == "gaps" else values(c_out)
         if residual:
             arguments["residual"] = values(*conv_act.reference(**arguments).shape).contiguous(memory_format=residual)
         return arguments
 
-    grad = ("input", "weight", *["bias"] * bias, *["residual"] * bool(residual))
+    grad = ("input", "weight", *["bias"] * bool(bias), *["residual"] * bool(residual))
     return Case(op, name, why, make, grad, dtypes, slack)
 
 
@@ -123,6 +123,7 @@ def first_layers(op="conv2d_relu", dtypes=DTYPES, exact=False, **pool) -> list[C
         case("weight-cl", "channels_last by the weight alone", (2, 3, 9, 9), 20, (3, 3), weight_layout=CHANNELS_LAST),
         case("sliced", "an input with gaps", (4, 3, 10, 12), 8, (2, 2), view=lambda x: x[::2, :, 1:, ::2]),
         case("one-window", "a map of 2x2", (5, 1, 4, 4), 6, (3, 3)),
+        case("bias-gaps", "a bias with gaps", (2, 2, 7, 8), 9, (3, 3), bias="gaps"),
     ]  # fmt: skip
 
 
@@ -131,6 +132,7 @@ CONV2D_RELU: list[Case] = [
     *first_layers(),
     conv_case("wide-kernel", "wider than the direct kernels: PyTorch's convolution", (2, 2, 12, 12), 5, (3, 8)),
     conv_case("channels", "more channels than the direct kernels take", (2, 9, 8, 9), 21, (3, 3), stride=2, padding=1),
+    conv_case("bias-gaps", "a bias with gaps", (2, 9, 8, 9), 21, (2, 2), bias="gaps"),
     conv_case("channels-cl", "the same in channels_last", (2, 9, 8, 9), 21, (2, 2), layout=CHANNELS_LAST),
     conv_case("rows", "bias gradient over several parts' rows", (3, 6, 20, 21), 7, (1, 1), layout=CHANNELS_LAST),
     conv_case("grouped", "groups", (2, 6, 7, 8), 9, (3, 3), groups=3, padding=1),

@@ -402,6 +402,20 @@ def test_direct_sums_in_any_order_of_threads(cuda, monkeypatch, op, layout):
         assert torch.equal(a, b) and torch.equal(a, expected)
 
 
+@pytest.mark.parametrize("c_in", [2, 6])
+def test_pooled_gradients_at_any_address(cuda, c_in):
+    """Channels in whole 16-byte blocks, the upstream gradient next to a multiple of 16 bytes; overlapping windows."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (2, c_in, 9, 10), generator=g).float().to(memory_format=torch.channels_last)
+    given = [x.requires_grad_(), torch.randint(-2, 3, (8, c_in, 3, 3), generator=g).float().requires_grad_()]
+    out = PF.conv2d_relu_max_pool2d(*given, pool_size=3, pool_stride=2)
+    upstream = torch.randint(-2, 3, out.shape, generator=g).float().to(memory_format=torch.channels_last)
+    moved = torch.empty(out.numel() + 1).as_strided(upstream.shape, upstream.stride(), 1).copy_(upstream)
+    got = torch.autograd.grad(out, given, moved, retain_graph=True)
+    for a, b in zip(got, torch.autograd.grad(out, given, upstream), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_images_further_apart_than_32_bits(cuda):
     x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 1, 6, 7), (2**31, 42, 7, 1))
     x.copy_(torch.randn(2, 1, 6, 7))
