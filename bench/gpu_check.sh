@@ -70,22 +70,24 @@ sanitize() { # TOOL
   cases cuda >cases.py
   # The convolutions by our kernels, also where cuDNN's would be chosen.
   export PYFUSED_CUDA_CONV=own PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 python cases.py
+  # Our kernels only: to instrument PyTorch's takes most of the time.
+  compute-sanitizer --tool "$1" --kernel-name kns=pyfused --error-exitcode 9 --print-limit 20 python cases.py
 }
 
 export -f machine build cases sanitize
 export root out sources="setup.py CMakeLists.txt pyproject.toml README.md LICENSE csrc pyfused bench"
 stage machine 30 bash -c machine
 stage build 150 bash -c build
+# Not what needs no GPU: compiling for other ones, the emulation and the interpreter, which would use up the time.
 gpu="cuda or triton or gpu"
 test=(python -m pytest -q -p no:cacheprovider "$root/tests")
-stage tests-gpu 120 "${test[@]}" -k "($gpu) and not emulat and not triton"
+stage tests-gpu 120 "${test[@]}" -k "($gpu) and not emulat and not resources and not triton"
 stage tests-gemm 40 env PYFUSED_CUDA_CONV=own "${test[@]}" -k "cuda and conv2d and not emulat"
 stage memcheck 50 bash -c "sanitize memcheck"
 stage racecheck 50 bash -c "sanitize racecheck"
 stage conv-algorithms 30 python -m pyfused.bench.conv_algorithms conv_algorithms.csv
 stage bench 190 python -m pyfused.bench.gpu bench --minutes 3
-stage tests-triton 120 "${test[@]}" -k "triton and not emulat and not compile" --few
+stage tests-triton 120 "${test[@]}" -k "triton and not emulat and not compile and not interpreter" --few
 stage bench-no-compile 60 python -m pyfused.bench.gpu bench-no-compile --minutes 1 --no-compile
 stage tests-rest $((deadline - SECONDS)) "${test[@]}" -x -k "not ($gpu)"
 cat bench*/table.txt 2>/dev/null

@@ -73,7 +73,7 @@ def conv_case(
 ) -> Case:  # fmt: skip
     """`exact`: multiples of 1/8, so that no dtype rounds the output and a maximum has ties. `view`: of the input.
 
-    `residual`: the memory format of one.
+    `residual`: the memory format of one. bias: "gaps" for one whose numbers are not adjacent.
     """
 
     def make(g):
@@ -89,12 +89,12 @@ def conv_case(
         if view:
             arguments["input"] = view(arguments["input"])
         if bias:
-            arguments["bias"] = values(c_out)
+            arguments["bias"] = values(2 * c_out)[::2] if bias == "gaps" else values(c_out)
         if residual:
             arguments["residual"] = values(*conv_act.reference(**arguments).shape).contiguous(memory_format=residual)
         return arguments
 
-    grad = ("input", "weight", *["bias"] * bias, *["residual"] * bool(residual))
+    grad = ("input", "weight", *["bias"] * bool(bias), *["residual"] * bool(residual))
     return Case(op, name, why, make, grad, dtypes, slack)
 
 
@@ -123,6 +123,7 @@ def first_layers(op="conv2d_relu", dtypes=DTYPES, exact=False, **pool) -> list[C
         case("weight-cl", "channels_last by the weight alone", (2, 3, 9, 9), 20, (3, 3), weight_layout=CHANNELS_LAST),
         case("sliced", "an input with gaps", (4, 3, 10, 12), 8, (2, 2), view=lambda x: x[::2, :, 1:, ::2]),
         case("one-window", "a map of 2x2", (5, 1, 4, 4), 6, (3, 3)),
+        case("bias-gaps", "a bias with gaps", (2, 2, 7, 8), 9, (3, 3), bias="gaps"),
     ]  # fmt: skip
 
 
@@ -131,6 +132,7 @@ CONV2D_RELU: list[Case] = [
     *first_layers(),
     conv_case("wide-kernel", "wider than the direct kernels: PyTorch's convolution", (2, 2, 12, 12), 5, (3, 8)),
     conv_case("channels", "more channels than the direct kernels take", (2, 9, 8, 9), 21, (3, 3), stride=2, padding=1),
+    conv_case("bias-gaps", "a bias with gaps", (2, 9, 8, 9), 21, (2, 2), bias="gaps"),
     conv_case("channels-cl", "the same in channels_last", (2, 9, 8, 9), 21, (2, 2), layout=CHANNELS_LAST),
     conv_case("rows", "bias gradient over several parts' rows", (3, 6, 20, 21), 7, (1, 1), layout=CHANNELS_LAST),
     conv_case("grouped", "groups", (2, 6, 7, 8), 9, (3, 3), groups=3, padding=1),
@@ -280,27 +282,32 @@ def logits(g, *shape, layout="contiguous", scale=2.0):
     return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
-def labels(g, classes, *shape, ignored=None):
+def labels(g, classes, *shape, ignored=None, rows=1):
     t = randint(g, classes, *shape)
     if ignored is not None and t.numel() > 1:
-        t.view(-1)[1] = ignored
+        t.view(-1)[rows] = ignored
     return t
 
 
 def cross_entropy_case(
-    name, why, shape=(6, 5), layout="contiguous", ignored=None, probabilities=False, weight=False, edit=None, **options
-) -> Case:
+    name, why, shape=(6, 5), layout="contiguous", ignored=None, ignored_rows=1, probabilities=False, weight=False,
+    edit=None, margin=None, dtypes=DTYPES, **options,
+) -> Case:  # fmt: skip
+    """`margin`: of the label's logit over the largest other one, about."""
+
     def make(g):
         x = logits(g, *shape, layout=layout)
         if edit is not None:
             edit(x)
         classes, rows = (shape[0], ()) if len(shape) == 1 else (shape[1], (shape[0], *shape[2:]))
         soft = randn(g, *shape).softmax(min(1, len(shape) - 1)) if probabilities else None
-        target = labels(g, classes, *rows, ignored=ignored) if soft is None else soft
+        target = labels(g, classes, *rows, ignored=ignored, rows=ignored_rows) if soft is None else soft
+        if margin is not None:
+            x.scatter_(1, target.unsqueeze(1), margin + x.max().item())
         made = {"input": x, "target": target, **options}
         return {**made, "weight": randn(g, classes).abs() + 0.1} if weight else made
 
-    return Case("cross_entropy", name, why, make, ("input",))
+    return Case("cross_entropy", name, why, make, ("input",), dtypes)
 
 
 def block(value, rows, classes):
@@ -352,6 +359,42 @@ CROSS_ENTROPY: list[Case] = [
     cross_entropy_case("sliced_few", "gaps between the rows, gathered", (9, 10), "sliced"),
     cross_entropy_case("ignored", "an ignored row; the mean must not count it", ignored=-100),
     cross_entropy_case("ignored_none", "loss 0 of an ignored row", (6, 50), ignored=-100, reduction="none"),
+    cross_entropy_case(
+        "ignored_first",
+        "whose upstream gradient scaled every row elsewhere",
+        (6, 50),
+        ignored=-100,
+        ignored_rows=0,
+        reduction="none",
+    ),
+    *[
+        cross_entropy_case(
+            f"all_ignored_{name}",
+            f"no row counts: {why}",
+            shape,
+            ignored=-100,
+            ignored_rows=slice(None),
+            weight=True,
+            **options,
+        )
+        for name, why, shape, options in (
+            ("tile", "mean NaN, gradients 0", (6, 5), {}),
+            ("rows", "mean NaN, gradients 0", (6, 50), {}),
+            ("image", "mean NaN, gradients 0", (2, 5, 4), {"label_smoothing": 0.1}),
+            ("sum", "0", (6, 50), {"reduction": "sum"}),
+        )
+    ],
+    *[
+        cross_entropy_case(
+            f"confident_{path}",
+            "1 - p is lost in 16 bits: the label's gradient must not pass through them; float64's truth loses it",
+            shape,
+            margin=8.0,
+            reduction="none",
+            dtypes=NOT_FLOAT64,
+        )
+        for path, shape in (("tile", (19, 11)), ("rows", (7, 49)), ("image", (2, 5, 4)))
+    ],
     cross_entropy_case("ignore_index_0", "a valid class as ignore_index", ignored=0, ignore_index=0),
     cross_entropy_case("ignore_index_large", "ignore_index above the classes", (6, 50), ignored=255, ignore_index=255),
     cross_entropy_case("weight", "class weights in the mean's denominator", weight=True, ignored=-100),
@@ -412,19 +455,36 @@ CROSS_ENTROPY: list[Case] = [
             ("low", "logits far below 0", -6e4, 2, slice(None)),
         )
     ],
+    *[
+        cross_entropy_case(
+            f"masked_{name}_long",
+            f"-inf throughout {why} of a row",
+            (1, 4601),
+            edit=block(-torch.inf, 0, classes),
+            reduction="none",
+            label_smoothing=smoothing,
+        )
+        for name, why, classes, smoothing in (
+            ("first", "the first block of 4096 classes", slice(0, 4200), 0.0),
+            ("last", "the last block", slice(4000, None), 0.0),
+            ("first_smooth", "the first block, smoothed: infinite", slice(0, 4200), 0.1),
+        )
+    ],
 ]
 
 
 # --- linear_cross_entropy --------------------------------------------------------------------------------------------
 def linear_cross_entropy_case(
-    name, why, rows=9, dim=8, classes=50, bias=False, weight=False, probabilities=False, ignored=None,
+    name, why, rows=9, dim=8, classes=50, bias=False, weight=False, probabilities=False, ignored=None, ignored_rows=1,
     dtypes=DTYPES, **options,
 ) -> Case:  # fmt: skip
     def make(g):
         batch = () if rows is None else (rows,)
         made = {"input": randn(g, *batch, dim), "linear_weight": randn(g, classes, dim, scale=0.5)}
         made["target"] = (
-            randn(g, *batch, classes).softmax(-1) if probabilities else labels(g, classes, *batch, ignored=ignored)
+            randn(g, *batch, classes).softmax(-1)
+            if probabilities
+            else labels(g, classes, *batch, ignored=ignored, rows=ignored_rows)
         )
         made |= {"linear_bias": randn(g, classes)} if bias else {}
         made |= {"weight": randn(g, classes).abs() + 0.1} if weight else {}
@@ -439,6 +499,16 @@ LINEAR_CROSS_ENTROPY: list[Case] = [
     linear_cross_entropy_case("sum", "and not divided", reduction="sum", bias=True),
     linear_cross_entropy_case(
         "none", "logits computed again in backward, an upstream gradient per row", reduction="none", bias=True
+    ),
+    linear_cross_entropy_case(
+        "ignored_first",
+        "whose upstream gradient scaled every row elsewhere",
+        ignored=-100,
+        ignored_rows=0,
+        reduction="none",
+    ),
+    linear_cross_entropy_case(
+        "all_ignored", "mean NaN, gradients 0", ignored=-100, ignored_rows=slice(None), bias=True
     ),
     linear_cross_entropy_case("no_batch", "input (D,)", rows=None, bias=True),
     linear_cross_entropy_case("no_batch_none", "input (D,), loss of no dimension", rows=None, reduction="none"),

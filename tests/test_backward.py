@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from accuracy import check, eager, eager_rounding, gradients_of, on, public, to_float64
+from accuracy import check, densify, eager, eager_rounding, gradients_of, on, outputs_of, public, to_float64
 from cases import CASES
 from conftest import device_of
 
 import pyfused
+from pyfused import dispatch
 
 PAIRS = [pytest.param(c, d, id=f"{c.id}-{str(d)[6:]}") for c in CASES if c.grad for d in c.dtypes]
 
@@ -50,3 +51,20 @@ def test_any_forward_pairs_with_any_backward(case, forward, backward):
     for name, x, t, e, r in zip(case.grad, got, truth, at_dtype, rounding, strict=True):
         x = torch.zeros_like(t, dtype=torch.float32) if x is None else x
         check(x, t, e, r, case.slack_for(torch.float32), f"{case.id} gradient of {name}")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.grad][2::3], ids=lambda c: c.id)
+def test_a_second_backward_and_an_expanded_upstream_gradient(case, variant):
+    """The same bits, from upstream gradients of stride 0 and then from contiguous ones."""
+    if dispatch._forced == "reference":
+        pytest.skip("PyTorch's convolutions may choose another algorithm")
+    given = on(variant, case.arguments(torch.float32))
+    outputs = outputs_of(public(case.op), given)
+    expanded = [torch.tensor(3.0, dtype=o.dtype, device=o.device).expand(o.shape) for o in outputs]
+    wanted = [given[name] for name in case.grad]
+    first = torch.autograd.grad(outputs, wanted, expanded, retain_graph=True, allow_unused=True)
+    kept = [None if x is None else densify(x).clone() for x in first]
+    second = torch.autograd.grad(outputs, wanted, [x.contiguous() for x in expanded], allow_unused=True)
+    for a, b in zip(kept, second, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a.nan_to_num(7), densify(b).nan_to_num(7)), case.id

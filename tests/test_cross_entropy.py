@@ -19,10 +19,10 @@ def isa(isa):
         yield isa
 
 
-def problem(shape, dtype=torch.float32, seed=0, scale=2.0):
+def problem(shape, dtype=torch.float32, seed=0, scale=2.0, device="cpu"):
     g = torch.Generator().manual_seed(seed)
-    x = (torch.randn(shape, generator=g) * scale).to(dtype).requires_grad_()
-    return x, torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
+    x = (torch.randn(shape, generator=g) * scale).to(device, dtype).requires_grad_()
+    return x, torch.randint(shape[1], (shape[0], *shape[2:]), generator=g).to(device)
 
 
 def gradient(loss, x, *upstream):
@@ -76,9 +76,9 @@ def test_loss_of_a_confident_row_is_kept():
 
 
 @pytest.mark.parametrize("shape", LAYOUTS)
-def test_a_common_offset_loses_no_digits(shape):
+def test_a_common_offset_loses_no_digits(variant, shape):
     """lse = 30000.7 has 2e-3 between neighbours in float32; maximum and sum are saved apart."""
-    x, target = problem(shape)
+    x, target = problem(shape, device=variant)
     x = (x.detach() * 64).round().div(64).requires_grad_()  # so that the sum below is exact
     shifted = (x.detach() + 30000).requires_grad_()
     torch.testing.assert_close(
@@ -86,37 +86,11 @@ def test_a_common_offset_loses_no_digits(shape):
     )
 
 
-# --- Upstream gradients, second backwards, other users of the logits
+# --- Upstream gradients, other users of the logits; second backwards and expanded upstream gradients: test_backward.py
 @pytest.mark.parametrize("shape", LAYOUTS)
-def test_second_backward_gives_the_same(shape):
-    x, target = problem(shape)
-    loss = PF.cross_entropy(x, target)
-    upstream = torch.tensor(3.0)
-    first = gradient(loss, x, upstream).clone()
-    assert torch.equal(gradient(loss, x, upstream), first)
-
-
-@pytest.mark.parametrize("shape", LAYOUTS)
-def test_upstream_gradient_of_stride_0(shape):
-    x, target = problem(shape)
-    loss = PF.cross_entropy(x, target, reduction="none")
-    expanded = torch.tensor(3.0).expand(loss.shape)
-    assert torch.equal(gradient(loss, x, expanded), gradient(loss, x, expanded.contiguous()))
-    torch.testing.assert_close(gradient(loss.sum() * 3, x), gradient(loss, x, expanded))
-
-
-def test_upstream_gradient_per_row():
-    x, target = problem((6, 50))
-    target[0] = -100  # the first row ignored: elsewhere its upstream gradient scaled every row
-    loss = PF.cross_entropy(x, target, reduction="none")
-    upstream = torch.arange(6.0)
-    torch.testing.assert_close(
-        gradient(loss, x, upstream), gradient(F.cross_entropy(x, target, reduction="none"), x, upstream)
-    )
-
-
-def test_an_auxiliary_loss_on_the_same_logits():
-    x, target = problem((6, 50))
+def test_an_auxiliary_loss_on_the_same_logits(variant, shape):
+    """Its gradient is of the logits themselves, whatever was done to them for ours."""
+    x, target = problem(shape, device=variant)
     logits = x * 1
     ours = gradient(PF.cross_entropy(logits, target) + logits.square().sum(), x)
     logits = x * 1
@@ -126,8 +100,8 @@ def test_an_auxiliary_loss_on_the_same_logits():
 # --- In place
 @pytest.mark.parametrize("shape", [*LAYOUTS, (2, 5, 3, 4), (40, 10), (40, 21), (3000, 10)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inplace_writes_the_gradient_over_the_logits(shape, dtype):
-    x, target = problem(shape, dtype)
+def test_inplace_writes_the_gradient_over_the_logits(variant, shape, dtype):
+    x, target = problem(shape, dtype, device=variant)
     expected = gradient(PF.cross_entropy(x, target), x)
     logits = x * 1
     memory = logits.data_ptr()
@@ -235,26 +209,19 @@ def test_softcap_must_be_positive():
         PF.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), softcap=-1.0)
 
 
-def test_uint8_labels():
-    x, target = problem((6, 50))
+def test_uint8_labels(variant):
+    x, target = problem((6, 50), device=variant)
     assert torch.equal(PF.cross_entropy(x, target.byte()), PF.cross_entropy(x, target))
 
 
 # --- Edges
 @pytest.mark.parametrize("shape", LAYOUTS)
-def test_all_rows_ignored(shape):
-    x, target = problem(shape)
-    target.fill_(-100)
-    mean, total = PF.cross_entropy(x, target), PF.cross_entropy(x, target, reduction="sum")
-    assert mean.isnan() and total == 0
-    assert not gradient(mean, x).any() and not gradient(total, x).any()
-
-
-@pytest.mark.parametrize("shape", LAYOUTS)
-def test_nan_in_an_ignored_row_poisons_nothing(shape):
+def test_nan_in_an_ignored_row_poisons_nothing(variant, shape):
     """Unlike eager, whose gradient of an ignored row is NaN where its logits are: 0 x NaN."""
-    x, target = problem(shape)
-    row = torch.zeros(target.shape, dtype=torch.bool)
+    if pyfused.dispatch._forced == "reference":
+        pytest.skip("eager")
+    x, target = problem(shape, device=variant)
+    row = torch.zeros(target.shape, dtype=torch.bool, device=variant)
     row.view(-1)[2] = True
     target[row] = -100
     x.data.movedim(1, -1)[row] = torch.nan
@@ -264,13 +231,14 @@ def test_nan_in_an_ignored_row_poisons_nothing(shape):
     assert grad.isfinite().all() and not grad.movedim(1, -1)[row].any()
 
 
-def test_fp16_under_loss_scaling_keeps_its_gradient():
-    """Softmax minus target, divided by the rows and stored in fp16 before the loss scale is applied, is mostly 0."""
-    x, target = problem((4096, 64), torch.float16)
-    scaled = gradient(PF.cross_entropy(x, target), x, torch.tensor(32768.0, dtype=torch.float16))
+@pytest.mark.parametrize("shape", [(300, 17), (300, 64), (3, 17, 100)])
+def test_fp16_under_loss_scaling_keeps_its_gradient(variant, shape):
+    """Softmax minus target, divided by the rows and stored in fp16 before the loss scale is applied, is often 0."""
+    x, target = problem(shape, torch.float16, scale=4.0, device=variant)
+    scaled = gradient(PF.cross_entropy(x, target), x, torch.tensor(1024.0, dtype=torch.float16, device=variant))
     exact = x.detach().double().requires_grad_()
-    truth = gradient(F.cross_entropy(exact, target) * 32768, exact)
-    torch.testing.assert_close(scaled.double(), truth, rtol=2e-3, atol=1e-6)
+    truth = gradient(F.cross_entropy(exact, target) * 1024, exact)
+    torch.testing.assert_close(scaled.double(), truth, rtol=2e-3, atol=1e-7)
 
 
 def test_16_bit_losses_are_computed_in_float32():
@@ -314,33 +282,33 @@ def test_gradients_of_probabilities_and_their_weights():
         torch.testing.assert_close(a, b)
 
 
-def test_the_gradient_of_lse_is_the_softmax():
-    x, target = problem((6, 50))
+def test_the_gradient_of_lse_is_the_softmax(variant):
+    x, target = problem((6, 50), device=variant)
     target[:] = -100  # ignored rows have a log-sum-exp all the same
     _, lse = PF.cross_entropy(x, target, return_lse=True)
     torch.testing.assert_close(gradient(lse.sum(), x), x.softmax(1))
 
 
 @pytest.mark.parametrize("softcap", [1.0, 30.0])
-def test_softcap_of_masked_classes(softcap):
+def test_softcap_of_masked_classes(variant, softcap):
     """-inf becomes -softcap, a finite logit, as the formula says; lanes past the last class must not."""
-    x, target = problem((6, 43))
+    x, target = problem((6, 43), device=variant)
     x.data[:, 40:] = -torch.inf
     expected = F.cross_entropy(softcap * torch.tanh(x / softcap), target)
     torch.testing.assert_close(PF.cross_entropy(x, target, softcap=softcap), expected)
 
 
-def test_dense_strides_that_do_not_collapse():
+def test_dense_strides_that_do_not_collapse(variant):
     """(N, C, H, W) with H and W swapped in memory: positions are no single dimension, so the logits are copied once."""
-    x = torch.randn(2, 5, 3, 4).transpose(2, 3).requires_grad_()
-    target = torch.randint(5, (2, 4, 3))
+    x = torch.randn(2, 5, 3, 4, device=variant).transpose(2, 3).requires_grad_()
+    target = torch.randint(5, (2, 4, 3), device=variant)
     torch.testing.assert_close(PF.cross_entropy(x, target), F.cross_entropy(x, target))
     torch.testing.assert_close(gradient(PF.cross_entropy(x, target), x), gradient(F.cross_entropy(x, target), x))
 
 
-def test_expanded_logits():
-    x = torch.randn(1, 50, requires_grad=True)
-    target = torch.randint(50, (6,))
+def test_expanded_logits(variant):
+    x = torch.randn(1, 50, device=variant, requires_grad=True)
+    target = torch.randint(50, (6,), device=variant)
     wide = x.expand(6, 50)
     torch.testing.assert_close(gradient(PF.cross_entropy(wide, target), x), gradient(F.cross_entropy(wide, target), x))
 

@@ -233,6 +233,24 @@ def test_passes_around_cudnn(device, adapter, monkeypatch, shape, c_out, dtype):
     assert torch.equal(grad, (out > 0).sum((0, 2, 3)).to(dtype))
 
 
+def test_passes_around_cudnn_keep_nan_and_take_any_address(device, adapter, monkeypatch):
+    """A channel of NaN: its output, and all that flows back through it. The bias and the upstream gradient lie next to
+    a multiple of 16 bytes."""
+    monkeypatch.setattr(adapter, "forced", "cudnn")
+    given = problem(device, (2, 8, 9, 10), 16, (3, 3))
+    with torch.no_grad():
+        given[2][5] = torch.nan
+        given[2] = torch.empty(17, device=device)[1:].copy_(given[2]).requires_grad_()
+    results = []
+    for run in (PF.conv2d_relu, op.reference):
+        out = run(*given)
+        upstream = torch.empty(out.numel() + 1, device=device).as_strided(out.shape, out.stride(), 1)
+        upstream.copy_(integers(*out.shape, seed=4))
+        results.append([out, *torch.autograd.grad(out, given, upstream)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 # --- Which algorithm
 @pytest.mark.parametrize(
     "shape, c_out, kernel, options, expected",

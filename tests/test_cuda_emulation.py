@@ -56,6 +56,12 @@ def test_a_right_kernel_is_not_reported(seed):
     run_planted(0, seed)
 
 
+def test_every_seeded_bug_still_applies():
+    """mutations/ against the sources of today; whether each is caught is for mutate.py to run, an hour."""
+    run = subprocess.run([sys.executable, build.HERE / "mutate.py", "--list"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.fixture
 def cuda():
     with emulated.cuda_on_cpu(), pyfused.use_backend("cuda"):
@@ -396,6 +402,20 @@ def test_direct_sums_in_any_order_of_threads(cuda, monkeypatch, op, layout):
         assert torch.equal(a, b) and torch.equal(a, expected)
 
 
+@pytest.mark.parametrize("c_in", [2, 6])
+def test_pooled_gradients_at_any_address(cuda, c_in):
+    """Channels in whole 16-byte blocks, the upstream gradient next to a multiple of 16 bytes; overlapping windows."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (2, c_in, 9, 10), generator=g).float().to(memory_format=torch.channels_last)
+    given = [x.requires_grad_(), torch.randint(-2, 3, (8, c_in, 3, 3), generator=g).float().requires_grad_()]
+    out = PF.conv2d_relu_max_pool2d(*given, pool_size=3, pool_stride=2)
+    upstream = torch.randint(-2, 3, out.shape, generator=g).float().to(memory_format=torch.channels_last)
+    moved = torch.empty(out.numel() + 1).as_strided(upstream.shape, upstream.stride(), 1).copy_(upstream)
+    got = torch.autograd.grad(out, given, moved, retain_graph=True)
+    for a, b in zip(got, torch.autograd.grad(out, given, upstream), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_images_further_apart_than_32_bits(cuda):
     x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 1, 6, 7), (2**31, 42, 7, 1))
     x.copy_(torch.randn(2, 1, 6, 7))
@@ -408,15 +428,31 @@ def test_images_further_apart_than_32_bits(cuda):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-def test_under_address_and_undefined_behaviour_sanitizers():
-    """The same kernels once more, with the compilers' own checks instead of the emulation's."""
-    library = build.build("asan")
+def under_sanitizers(*command: str) -> subprocess.CompletedProcess:
+    """`python *command` with the compilers' own checks of the kernels instead of the emulation's."""
+    if reason := build.why_not():
+        pytest.skip(reason)
+    # The package under test, which the current folder's might not be: a checkout has no compiled module.
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(pyfused.__file__).parents[1])])
+    environment = {**os.environ, **build.sanitizer_environment(), "PYTHONPATH": path}
+    environment["PYFUSED_EMULATION"] = str(build.build("asan"))
+    given = {"env": environment, "cwd": tempfile.gettempdir(), "capture_output": True, "text": True, "timeout": 900}
+    return subprocess.run([sys.executable, *command], **given)
+
+
+@pytest.mark.parametrize(
+    "bug, said", [("past_the_end", "AddressSanitizer: heap-buffer-overflow"), ("overflow", "signed integer overflow")]
+)
+def test_sanitizers_notice(bug, said):
+    script = f"import test_cuda_emulation as t; t.run_planted(1 + list(t.PLANTED).index({bug!r}), 1); print('ran')"
+    run = under_sanitizers("-c", script)
+    assert said in run.stderr and "ran" not in run.stdout, run.stderr[-3000:]
+
+
+def test_case_table_under_sanitizers():
     script = """
-import sys, torch, emulated, pyfused, cases, accuracy, test_optim
-from cuda_emulation import build
-module = build.load(sys.argv[1])
-with emulated.cuda_on_cpu(module), pyfused.use_backend("cuda"):
+import emulated, pyfused, cases, accuracy, test_optim
+with emulated.cuda_on_cpu(), pyfused.use_backend("cuda"):
     table = pyfused.dispatch.TABLE
     for case in cases.CASES:
         if "cuda" in table[case.op] and not emulated.too_large(case):
@@ -424,14 +460,21 @@ with emulated.cuda_on_cpu(module), pyfused.use_backend("cuda"):
                 accuracy.gradients_of(accuracy.public(case.op), case.arguments(dtype), case.grad)
     for optimizer, _, options in test_optim.RULES.values():
         for shape in ("padding per user", "wide tail"):
-            test_optim.Setting(torch.float32, **test_optim.SHAPES[shape]).train(optimizer, options, fused=True)
+            setting = test_optim.Setting(test_optim.torch.float32, **test_optim.SHAPES[shape])
+            setting.train(optimizer, options, fused=True)
 print("all cases ran")
 """
-    # The package under test, which the current folder's might not be: a checkout has no compiled module.
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(pyfused.__file__).parents[1])])
-    environment = {**os.environ, **build.sanitizer_environment(), "PYTHONPATH": path}
-    command = [sys.executable, "-c", script, str(library)]
-    run = subprocess.run(
-        command, env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True, timeout=300
-    )
-    assert "all cases ran" in run.stdout and "runtime error" not in run.stderr, run.stderr[-3000:]
+    run = under_sanitizers("-c", script)
+    assert "all cases ran" in run.stdout, run.stderr[-3000:]
+
+
+MORE = [("cuda_conv2d_implicit_gemm", "not gpu"), ("cuda_emulation", "hot_ids or out_of_range or distance")]
+
+
+@pytest.mark.parametrize("file, which", MORE)
+def test_more_under_sanitizers(file, which):
+    """Tiles, splits, unaligned addresses, long runs, ids out of range."""
+    tests = Path(__file__).parent / f"test_{file}.py"
+    # -s: a sanitizer ends the process, and what it says must not end in pytest's hands.
+    run = under_sanitizers("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", which, str(tests))
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]

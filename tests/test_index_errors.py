@@ -63,6 +63,25 @@ def test_label(device, bad):
 
 
 @BAD
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.op("linear_cross_entropy")
+def test_label_of_a_linear_layer(device, reduction, bad):
+    """Nothing flows from its row, to the next row neither."""
+    x, w = (torch.randn(n, 8, device=device, requires_grad=True) for n in (6, 9))
+    target = torch.tensor([0, 1, 2, 3, 3, 5], device=device)
+    target[4] = bad
+    loss = PF.linear_cross_entropy(x, w, target, reduction=reduction)
+    assert loss.isnan().tolist() == ([False] * 4 + [True, False] if reduction == "none" else True)
+    got = torch.autograd.grad(loss, (x, w), torch.ones_like(loss))
+    target[4] = -100
+    with pyfused.use_backend("reference"):
+        loss = PF.linear_cross_entropy(x, w, target, reduction=reduction)
+    for a, b in zip(got, torch.autograd.grad(loss, (x, w), torch.ones_like(loss)), strict=True):
+        torch.testing.assert_close(a, b)
+    raises_once("target", 4, bad, 9)
+
+
+@BAD
 @pytest.mark.parametrize("name", ["user", "item"])
 @pytest.mark.op("embedding_dot")
 def test_id(device, name, bad):

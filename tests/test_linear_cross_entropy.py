@@ -1,4 +1,4 @@
-"""linear_cross_entropy beyond the case table: memory, repeated backwards, precision, errors, the module."""
+"""linear_cross_entropy beyond the case table: memory, precision, errors, the module."""
 
 import pytest
 import torch
@@ -17,16 +17,6 @@ def problem(rows=9, dim=8, classes=50, dtype=torch.float32):
     return x, w, b, torch.randint(classes, (rows,), generator=g)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_second_backward_gives_the_same(reduction):
-    x, w, b, target = problem()
-    loss = PF.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
-    upstream = torch.full(loss.shape, 3.0)
-    first = [g.clone() for g in torch.autograd.grad(loss, (x, w, b), upstream, retain_graph=True)]
-    for a, b_ in zip(first, torch.autograd.grad(loss, (x, w, b), upstream)):
-        assert torch.equal(a, b_)
-
-
 def test_only_the_gradients_asked_for():
     x, w, b, target = problem()
     expected = torch.autograd.grad(F.cross_entropy(F.linear(x, w, b), target), (x, w, b))
@@ -34,13 +24,6 @@ def test_only_the_gradients_asked_for():
         given = [t if t is wanted else t.detach() for t in (x, w, b)]
         loss = PF.linear_cross_entropy(given[0], given[1], target, linear_bias=given[2])
         torch.testing.assert_close(torch.autograd.grad(loss, wanted)[0], expected[i])
-
-
-def test_all_rows_ignored():
-    x, w, b, target = problem()
-    loss = PF.linear_cross_entropy(x, w, torch.full_like(target, -100), linear_bias=b)
-    assert loss.isnan()
-    assert all(not g.any() for g in torch.autograd.grad(loss, (x, w, b)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -100,6 +83,15 @@ def test_label_out_of_range(bad, reduction):
     x, w, b, target = problem()
     target[4] = bad
     with pytest.raises(IndexError, match=f"target {bad} is out of bounds"):
+        PF.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_label_out_of_range_in_a_later_chunk(reduction):
+    """Its position is that in the whole target."""
+    x, w, b, target = problem(rows=770, classes=9001)
+    target[700] = 9001
+    with pytest.raises(IndexError, match=r"target 9001 is out of bounds: target\[700\] must lie in \[0, 9001\)"):
         PF.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
 
 

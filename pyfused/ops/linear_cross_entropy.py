@@ -79,6 +79,17 @@ def _denominator(target, weight, ignore_index, dtype):
     return weight.double().index_select(0, target.where(counted, 0)).where(counted, 0).sum().to(dtype)
 
 
+def out_of_range(target, classes, ignore_index) -> IndexError | None:
+    """The error for the first label that is no class, if there is one. Waits for the device."""
+    if target.is_floating_point():
+        return None
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if not bad.any():
+        return None
+    at = bad.nonzero()[0].item()
+    return IndexError(f"target {target[at].item()} is out of bounds: target[{at}] must lie in [0, {classes})")
+
+
 def _add_grads(d_logits, rows, input, linear_weight, grads, needed):
     """One chunk's part of the three gradients; the first chunk overwrites what stands in `grads`."""
     d_input, d_weight, d_bias = grads
@@ -135,7 +146,10 @@ def run_forward(
         if adjust is not None:
             adjust(logits, begin)
         given = (target[rows], weight)
-        part, _, part_stats, part_total = ce._forward(logits, *given, False, mode, *options)
+        try:
+            part, _, part_stats, part_total = ce._forward(logits, *given, False, mode, *options)
+        except IndexError as error:  # which counts from the chunk's first row
+            raise out_of_range(target, len(linear_weight), options[0]) or error from None
         stats[:, rows] = part_stats
         if mode == _NONE:
             loss[rows] = part

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def compile_one(source: Path, csrc: Path, kind: str, cache: Path) -> Path:
     name = hashlib.sha256(" ".join(flags).encode() + text).hexdigest()[:20]
     target = cache / f"{source.stem}-{name}.o"
     if not target.exists():
-        fresh = target.with_suffix(f".{os.getpid()}.o")
+        fresh = target.with_suffix(f".{os.getpid()}-{threading.get_ident()}.o")
         subprocess.run([*command, "-c", str(source), "-o", str(fresh)], check=True)
         fresh.replace(target)
     return target
@@ -92,7 +93,7 @@ def build(kind: str = "check", csrc: Path = CSRC) -> Path:
     library = cache / f"{kind}-{name}" / "_cuda_emulation.so"
     if not library.exists():
         library.parent.mkdir(exist_ok=True)
-        fresh = library.with_suffix(f".{os.getpid()}.so")
+        fresh = library.with_suffix(f".{os.getpid()}-{threading.get_ident()}.so")
         link = ["g++", "-shared", *map(str, objects), "-o", str(fresh), "-ldl", "-Wl,-Bsymbolic"]
         subprocess.run([*link, *LINK_FLAGS[kind]], check=True)
         fresh.replace(library)
@@ -107,9 +108,15 @@ def load(library: Path):
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """Variables under which Python can load the "asan" build."""
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout
-    return {"LD_PRELOAD": library.strip(), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    """Variables under which Python can load the "asan" build. libstdc++: or a C++ exception finds no `throw`."""
+    names = ("libasan.so", "libstdc++.so")
+    ask = (["g++", f"-print-file-name={name}"] for name in names)
+    found = (subprocess.run(a, check=True, capture_output=True, text=True).stdout.strip() for a in ask)
+    return {
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+    }
 
 
 if __name__ == "__main__":

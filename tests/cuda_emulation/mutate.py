@@ -1,17 +1,20 @@
 """Would the tests notice? Seeds one bug at a time into csrc/cuda and runs the emulated tests against it.
 
-    python tests/cuda_emulation/mutate.py [part of a file or of a description]
+    python tests/cuda_emulation/mutate.py [--list] [part of a file or of a description]
 
 Every mutant must be caught, by wrong values or by the emulation's checks; one that survives shows what no test looks
 at. The bugs stand in mutations/<op>.txt, see `read`; a new op brings a file of its own. Where there is a
-test_cuda_<op>.py, that alone must notice. Some 15 s each, two at a time.
+test_cuda_<op>.py, that alone must notice. Some 15 s each, two at a time. --list only says which there are; a bug whose
+text is no longer in the sources, or there more than once, ends both.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from pathlib import Path
 import build
 
 TESTS = build.HERE.parent
+SECONDS = 300  # of computing, after which a mutant runs forever
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Mutation:
     old: str
     new: str
     tests: list[str]  # pytest's arguments
+
+    def applied(self, csrc: Path = build.CSRC) -> str:
+        """The file's text with the bug."""
+        text = (csrc / "cuda" / self.file).read_text()
+        if text.count(self.old) != 1:
+            sys.exit(f"{self.file}: {self.what}: {self.old!r} is there {text.count(self.old)} times, not once")
+        return text.replace(self.old, self.new)
 
 
 def read(path: Path) -> list[Mutation]:
@@ -60,33 +71,48 @@ def run(mutation: Mutation) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         csrc = Path(folder) / "csrc"
         shutil.copytree(build.CSRC, csrc)
-        path = csrc / "cuda" / mutation.file
-        text = path.read_text()
-        assert mutation.old in text, f"{mutation.what}: {mutation.old!r} is no longer in {mutation.file}"
-        path.write_text(text.replace(mutation.old, mutation.new))
+        (csrc / "cuda" / mutation.file).write_text(mutation.applied())
         try:
             library = build.build("check", csrc)
         except subprocess.CalledProcessError:
             return False, "does not compile"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", *mutation.tests]
-        environment = {**os.environ, "PYFUSED_EMULATION": str(library)}
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-        except subprocess.TimeoutExpired:
-            return True, "ran forever"
-        said = re.search(r"emulation of CUDA found\n\s*(.*)|(\w+Error: .*)|(assert .*)", ran.stdout)
-        return ran.returncode != 0, next((x for x in said.groups() if x), "") if said else ""
+        for few in (["--few"], []):  # every case at one dtype notices most
+            caught, said = test(library, [*few, *mutation.tests])
+            if caught:
+                break
+        return caught, said
+
+
+def test(library: Path, arguments: list[str]) -> tuple[bool, str]:
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", *arguments]
+    command = ["sh", "-c", f'ulimit -t {SECONDS} && exec "$@"', "sh", *pytest]
+    environment = {**os.environ, "PYFUSED_EMULATION": str(library)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if ran.returncode < 0:
+        return True, f"killed by {signal.Signals(-ran.returncode).name}"
+    said = re.search(r"emulation of CUDA found\n\s*(.*)|(\w+Error: .*)|(assert .*)", ran.stdout)
+    return ran.returncode != 0, next((x for x in said.groups() if x), "") if said else ""
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="run nothing")
+    parser.add_argument("part", nargs="?", default="", help="of a file or of a description")
+    given = parser.parse_args()
     known = [m for path in sorted((build.HERE / "mutations").glob("*.txt")) for m in read(path)]
-    wanted = [m for m in known if not sys.argv[1:] or sys.argv[1] in f"{m.file}: {m.what}"]
+    for m in known:
+        m.applied()
+    wanted = [m for m in known if given.part in f"{m.file}: {m.what}"]
+    if given.list:
+        print(*(f"{m.file}: {m.what}" for m in wanted), sep="\n")
+        return 0
+    survivors = 0
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, wanted))
-    for m, (caught, said) in zip(wanted, results):
-        print(f"{'caught' if caught else 'SURVIVES':9} {m.file:28} {m.what:40} {said[:110]}")
-    print(sum(caught for caught, _ in results), "of", len(results), "caught")
-    return 0 if all(caught for caught, _ in results) else 1
+        for m, (caught, said) in zip(wanted, pool.map(run, wanted)):
+            survivors += not caught
+            print(f"{'caught' if caught else 'SURVIVES':9} {m.file:28} {m.what:40} {said[:110]}", flush=True)
+    print(len(wanted) - survivors, "of", len(wanted), "caught")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

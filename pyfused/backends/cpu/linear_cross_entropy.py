@@ -60,11 +60,8 @@ class _Classes:
             softcap,
         )
         self.counted = target != ignore_index
-        bad = self.counted & ((target < 0) | (target >= len(linear_weight)))
-        if bad.any():
-            at = bad.nonzero()[0].item()
-            limits = f"must lie in [0, {len(linear_weight)})"
-            raise IndexError(f"target {target[at].item()} is out of bounds: target[{at}] {limits}")
+        if error := op.out_of_range(target, len(linear_weight), ignore_index):
+            raise error
         self.weights = self.counted.to(ce.arithmetic_dtype(input))
         if weight is not None:
             self.weights *= weight[target.where(self.counted, 0)]
