@@ -110,6 +110,7 @@ def _product(out, code, input, weight, bias, stride, padding, dilation, pool):
 
 def _own_forward(args, pool):
     input, weight, bias, stride, padding, dilation, _ = args
+    bias = None if bias is None else bias.contiguous()
     given = (_nhwc(input), weight, bias, tuple(stride), tuple(padding), tuple(dilation))
     if pool is None:
         out = op.alloc(*args)
