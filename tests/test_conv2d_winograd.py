@@ -19,6 +19,8 @@ SHAPES = [
     (2, 3, 8, 7, 33, (2, 1), "padding 2: a ring of outputs sees the corners only"),
     (2, 40, 20, 24, 48, (1, 1), "3 panels: a narrow register block; several blocks of tiles"),
     (1, 16, 63, 15, 24, (0, 1), "more tiles than a step of the weight gradient, odd sizes"),
+    (2, 24, 33, 31, 20, (1, 1), "two slices of tiles, whose weight gradients add up"),
+    (2, 16, 130, 126, 18, (1, 1), "eight slices"),
     (2, 128, 14, 14, 160, (1, 1), "three groups of outputs, deeper products"),
     (1, 512, 7, 7, 64, (1, 1), "the deepest sums: rounding grows with C"),
     (1, 128, 52, 52, 128, (1, 1), "a transformed weight larger than a cache, several blocks of tiles"),

@@ -115,9 +115,10 @@ struct Overlapping {
   float* out;
   int pad_h, pad_w;
   int64_t height, width, channels;
-  PYFUSED_INLINE void clear(int64_t first, int64_t last) const {  // images
-    int64_t image = height * width * channels;
-    std::memset(out + first * image, 0, sizeof(float) * (last - first) * image);
+  PYFUSED_INLINE void clear(int64_t first, int64_t last, int64_t begin, int64_t end) const {  // images, channels
+    int64_t pixels = height * width, run = end - begin == channels ? pixels : 1;
+    for (int64_t p = first * pixels; p < last * pixels; p += run)
+      std::memset(out + p * channels + begin, 0, sizeof(float) * run * (end - begin));
   }
   PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t c, int64_t count) const {
     V patch[kPoints];
@@ -216,31 +217,43 @@ void finish_tiles(const Sink& sink, const Grid& grid, int64_t first, int64_t cou
 // --- Two schedules of  sink <- tiles of `source` (patches of P x P at the grid's tiles, less the padding) times U.  Every
 // sum has the same order in both: the same bits.
 
-// Each thread by itself, with blocks of tiles whose V and M stay in its cache; every block reads all of U. Tiles of an
-// image that overlap in the result are one thread's.
+// Each thread by itself, with blocks of tiles whose V and M stay in its cache, and every block reads all of U: a thread has
+// a part of the tiles (those that overlap in the result are one thread's), or, by_outputs, all of them for a part of the
+// output channels, whose U it makes for itself: V is made once for every part, but U never goes from core to core.
 template <int P, class Source, class Sink>
-void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, const float* u, int pad_h, int pad_w,
-                    int threads) {
+void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, const float* u,
+                    bool by_outputs, int pad_h, int pad_w, int threads) {
   int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
   int64_t v_row = round_up(depth, lanes<float>), unit = Sink::kOverlaps ? grid.down * grid.across : 1;
   int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints * 4 * v_row) / kRows * kRows);
   most = min(most, round_up(grid.count, kRows));
-  int64_t v_point = most * v_row + kSkew, m_point = most * kGroup + kSkew, u_point = point_stride(all_panels, depth);
+  int64_t v_point = most * v_row + kSkew, m_point = most * kGroup + kSkew;
   auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints * (v_point + m_point)));
-  parallel_for(grid.count / unit, max<int64_t>(1, kRows / unit), threads, [&](int64_t begin, int64_t end, int thread) {
+  int64_t items = by_outputs ? all_panels : grid.count / unit, grain = by_outputs ? 1 : max<int64_t>(1, kRows / unit);
+  parallel_for(items, grain, threads, [&](int64_t begin, int64_t end, int thread) {
     float *v = memory + thread * kPoints * (v_point + m_point), *m = v + kPoints * v_point;
-    if constexpr (Sink::kOverlaps) sink.clear(begin, end);
+    int64_t first_panel = by_outputs ? begin : 0, last_panel = by_outputs ? end : all_panels;
+    if (by_outputs) begin = 0, end = grid.count / unit;
+    int64_t u_point = point_stride(last_panel - first_panel, depth);
+    const float* mine = u;
+    if (by_outputs) {
+      auto* made = static_cast<float*>(scratch(2, sizeof(float) * kPoints * u_point));
+      transform_weight(weight, first_panel, last_panel - first_panel, made, 1);
+      mine = made;
+    }
+    int64_t last_channel = min(channels, last_panel * kPanel);
+    if constexpr (Sink::kOverlaps) sink.clear(begin, end, first_panel * kPanel, last_channel);
     int64_t blocks = ceil_div((end - begin) * unit, most);
     int64_t block = min(most, round_up(ceil_div((end - begin) * unit, blocks), kRows));
     for (int64_t first = begin * unit; first < end * unit; first += block) {
       int64_t count = min(block, end * unit - first);
       transform_tiles<P>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
-      for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
-        int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
+      for (int64_t panel = first_panel; panel < last_panel; panel += kGroup / kPanel) {
+        int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, last_panel - panel));
         for (int k = 0; k < kPoints; ++k)
-          multiply_group(v + k * v_point, v_row, count, u + k * u_point + panel * depth * kPanel, depth, panels,
-                         m + k * m_point);
-        finish_tiles(sink, grid, first, count, panel * kPanel, min(channels, (panel + panels) * kPanel), m, m_point,
+          multiply_group(v + k * v_point, v_row, count, mine + k * u_point + (panel - first_panel) * depth * kPanel,
+                         depth, panels, m + k * m_point);
+        finish_tiles(sink, grid, first, count, panel * kPanel, min(last_channel, (panel + panels) * kPanel), m, m_point,
                      panel * kPanel);
       }
     }
@@ -260,7 +273,8 @@ void convolve_together(const Source& source, const Sink& sink, const Grid& grid,
   if (!u) own = static_cast<float*>(scratch(1, sizeof(float) * kPoints * point_stride(kGroup / kPanel, depth)));
   int64_t image = grid.down * grid.across;
   if constexpr (Sink::kOverlaps)
-    parallel_for(grid.count / image, 1, threads, [&](int64_t begin, int64_t end, int) { sink.clear(begin, end); });
+    parallel_for(grid.count / image, 1, threads,
+                 [&](int64_t begin, int64_t end, int) { sink.clear(begin, end, 0, channels); });
   for (int64_t first = 0; first < grid.count; first += block) {
     int64_t count = min(block, grid.count - first), row_blocks = ceil_div(count, kSharedRows);
     parallel_for(count, 1, threads, [&](int64_t begin, int64_t end, int) {
@@ -312,7 +326,9 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const We
   bool few_images = Sink::kOverlaps && grid.count / (grid.down * grid.across) < threads;
   bool together = few_images || weight_bytes >= kLargeWeight;
   const float* u = weight.finished() ? weight.view.as<float>() : nullptr;
-  if (!u && !(together && blocks == 1)) {
+  // U and V are of one size here: what is made twice costs less than what every thread would read of the others' U.
+  bool by_outputs = !together && !u && threads > 1 && panels > 1 && grid.count <= sink.channels;
+  if (!u && !by_outputs && !(together && blocks == 1)) {
     auto* own = static_cast<float*>(scratch(1, weight_bytes));
     transform_weight(weight, 0, panels, own, threads);
     u = own;
@@ -320,7 +336,7 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const We
   if (together)
     convolve_together<P>(source, sink, grid, weight, ceil_div(grid.count, blocks), u, pad_h, pad_w, threads);
   else
-    convolve_apart<P>(source, sink, grid, u, pad_h, pad_w, threads);
+    convolve_apart<P>(source, sink, grid, weight, u, by_outputs, pad_h, pad_w, threads);
 }
 
 // What forward and backward ask of their arguments alike.

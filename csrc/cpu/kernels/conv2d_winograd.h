@@ -225,18 +225,26 @@ PYFUSED_INLINE void transform_one(const Source& source, int64_t n, int64_t h, in
   finish(d);
 }
 
-// Tiles [first, first + count) of the grid into out[36][count][round_up(channels, lanes)].
+// Channels [begin, end) (begin and, but for the last, end: whole vectors) of tiles [first, first + count) of the grid into
+// out[36][count][round_up(end - begin, lanes)].
+template <int P, class Source>
+void transform_tiles(const Source& source, const Grid& grid, int64_t first, int64_t count, int pad_h, int pad_w,
+                     float* out, int64_t row_stride, int64_t point_stride, int64_t begin, int64_t end) {
+  for (int64_t t = 0; t < count; ++t, out += row_stride) {
+    Tile tile(grid, first + t);
+    int64_t c = begin;
+    for (; c + lanes<float> <= end; c += lanes<float>)
+      transform_one<P, true>(source, tile.n, tile.h - pad_h, tile.w - pad_w, c, out + c - begin, point_stride);
+    if (c < end)
+      transform_one<P, false>(source, tile.n, tile.h - pad_h, tile.w - pad_w, c, out + c - begin, point_stride);
+  }
+}
+
+// All channels.
 template <int P, class Source>
 void transform_tiles(const Source& source, const Grid& grid, int64_t first, int64_t count, int pad_h, int pad_w,
                      float* out, int64_t row_stride, int64_t point_stride) {
-  for (int64_t t = 0; t < count; ++t, out += row_stride) {
-    Tile tile(grid, first + t);
-    int64_t c = 0;
-    for (; c + lanes<float> <= source.channels; c += lanes<float>)
-      transform_one<P, true>(source, tile.n, tile.h - pad_h, tile.w - pad_w, c, out + c, point_stride);
-    if (c < source.channels)
-      transform_one<P, false>(source, tile.n, tile.h - pad_h, tile.w - pad_w, c, out + c, point_stride);
-  }
+  transform_tiles<P>(source, grid, first, count, pad_h, pad_w, out, row_stride, point_stride, 0, source.channels);
 }
 
 // --- Checks

@@ -4,14 +4,15 @@
 //   g = the gradient before ReLU (and pool);   dw_oc = Gᵀ [ ∑_tiles (A g_o Aᵀ) ⊙ (Bᵀ d_c B) ] G;   db_o = ∑ g_o
 //
 // Layout  grad, saved, input: torch channels_last. grad_weight [O, C, 3, 3]: any strides.
-// Tiles   the 4x4 tiles of g, kTiles at a time. First their transforms go to Z[36][T][O] and V[36][T][C] (threads share
-//         the tiles); then the 36 products Z[k]ᵀ · V[k] are added to D[36][O][C] (threads share the products). A sum is
-//         never split over threads, so the bits do not depend on their number, and no thread needs a D of its own.
+// Tiles   the 4x4 tiles of g, some at a time: their transforms go to Z[36][T][O] and V[36][T][C], and the 36 products
+//         Z[k]ᵀ · V[k] are added to D[36][O][C]. Three schedules: while D is small every thread has Z, V and D to itself
+//         (correlate_apart); otherwise threads share the tiles, then the products (correlate), or, on small maps, D is
+//         never whole (correlate_blocks). How a sum is split depends on the shape alone, so bits do not depend on threads.
 //         db costs nothing more: the point (1, 1) of A g Aᵀ is the sum of a tile.
 // Flops   2.25 multiply-adds per element of g, output channel and input channel instead of 9, plus the transforms.
-// Traffic reads grad and saved once and input 2.25 times; Z, V and D pass through the L2 or L3 cache once per kTiles
-//         tiles. Working memory 4 · 36 · (kTiles · (O + C) + O · C) bytes.
-// Error   for random data about 2e-5 of the root mean square of dw at most: a sum goes by kTiles tiles, then over those.
+// Traffic reads grad and saved once and input 2.25 times; Z, V and D pass through the L2 or L3 cache once per T tiles.
+//         Working memory 4 · 36 · (T · (O + C) + O · C) bytes, apart: that of Z and V per thread, of D per slice.
+// Error   for random data about 2e-5 of the root mean square of dw at most: a sum goes by T tiles, then over those.
 // Edges   padding 0..2; any N, H, W, C, O; no tiles at all give zeros; what no pool window covers has no gradient.
 #include "cpu/kernels/conv2d_winograd.h"
 #include "cpu/scratch.h"
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int64_t kTiles = 64;
 constexpr int64_t kOutputs = 8 * kRows;
+constexpr int64_t kApartTiles = 16, kApartBytes = 1 << 20;  // of D
 
 // D[o][c] (+)= ∑_t Z[t][o] V[t][c] for one point, all o and `vectors` <= kVectors vectors of c.
 template <bool Add>
@@ -37,14 +39,24 @@ void add_products(const float* z, int64_t z_row, const float* v, int64_t v_row, 
   });
 }
 
-// grad_weight = Gᵀ D G for `rows` outputs from `first` on and channels [c_begin, c_end), where `d` starts.
-void transform_back(const float* d, int64_t d_row, int64_t d_point, int64_t first, int64_t rows, int64_t c_begin,
-                    int64_t c_end, const View& out) {
+// bias[o] += ∑_t Z[t][o] of the point (1, 1), a tile's sum. `outputs` is rounded up to whole vectors.
+void add_bias(float* bias, const float* z, int64_t z_row, int64_t z_point, int64_t tiles, int64_t outputs) {
+  const float* sums = z + 7 * z_point;
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t o = 0; o < outputs; o += lanes<float>) store(bias + o, load(bias + o) + load(sums + t * z_row + o));
+}
+
+// grad_weight = Gᵀ (∑_slices D) G for `rows` outputs from `first` on and channels [c_begin, c_end), where `d` starts.
+void transform_back(const float* d, int64_t d_row, int64_t d_point, int64_t slices, int64_t d_slice, int64_t first,
+                    int64_t rows, int64_t c_begin, int64_t c_end, const View& out) {
   for (int64_t o = first; o < first + rows; ++o, d += d_row)
     for (int64_t c = c_begin; c < c_end; c += lanes<float>) {
       V u[kPoints], w[9];
 #pragma GCC unroll 36
       for (int k = 0; k < kPoints; ++k) u[k] = load(d + k * d_point + c - c_begin);
+      for (int64_t slice = 1; slice < slices; ++slice)
+#pragma GCC unroll 36
+        for (int k = 0; k < kPoints; ++k) u[k] += load(d + slice * d_slice + k * d_point + c - c_begin);
       transform_filter_back(u, w);
       float taps[9][lanes<float>];
 #pragma GCC unroll 9
@@ -54,6 +66,56 @@ void transform_back(const float* d, int64_t d_row, int64_t d_point, int64_t firs
         for (int tap = 0; tap < 9; ++tap)
           to[i * out.strides[1] + tap / 3 * out.strides[2] + tap % 3 * out.strides[3]] = taps[tap][i];
     }
+}
+
+// Where D is small. Each thread by itself, on a slice of the tiles and a group of outputs, kApartTiles at a time: its Z, V
+// and D stay in its cache, and V is made once for every group. Slices depend on the shape alone, so bits do not depend on
+// threads. 64 tiles at a time are as fast by themselves, but in MNIST's training step, where every kernel finds its cache
+// full of other things, they cost 4% of the step.
+template <class Source>
+void correlate_apart(const View& grad_weight, float* grad_bias, const Source& gradient, const Plain& input,
+                     const Grid& grid, int pad_h, int pad_w, int threads) {
+  int64_t outputs = gradient.channels, channels = input.channels, vectors = ceil_div(outputs, lanes<float>);
+  int64_t slices = grid.count < 8 * kApartTiles ? 1 : grid.count < 128 * kApartTiles ? 2 : 8;
+  int64_t groups = min(vectors, ceil_div(int64_t{threads}, slices)), tiles = ceil_div(grid.count, slices);
+  if (tiles > 2 * kApartTiles) tiles = kApartTiles;
+  int64_t d_row = round_up(channels, lanes<float>), v_row = d_row + kSkew;
+  int64_t z_row = ceil_div(vectors, groups) * lanes<float> + kSkew, b_row = vectors * lanes<float>;
+  int64_t z_point = tiles * z_row + kSkew, v_point = tiles * v_row + kSkew, d_point = outputs * d_row + kSkew;
+  int64_t d_slice = kPoints * d_point, width = kVectors * lanes<float>;
+  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints * (z_point + v_point)));
+  auto* all_d = static_cast<float*>(scratch(1, sizeof(float) * slices * (d_slice + b_row)));
+  float* all_bias = all_d + slices * d_slice;
+  parallel_for(slices * groups, 1, threads, [&](int64_t begin, int64_t end, int thread) {
+    float *z = memory + thread * kPoints * (z_point + v_point), *v = z + kPoints * z_point;
+    for (int64_t item = begin; item < end; ++item) {
+      int64_t slice = item / groups, group = item % groups;
+      int64_t o_begin = vectors * group / groups * lanes<float>;
+      int64_t o_end = min(outputs, vectors * (group + 1) / groups * lanes<float>);
+      int64_t first = grid.count * slice / slices, last = grid.count * (slice + 1) / slices;
+      float *d = all_d + slice * d_slice + o_begin * d_row, *bias = all_bias + slice * b_row + o_begin;
+      std::memset(bias, 0, sizeof(float) * round_up(o_end - o_begin, lanes<float>));
+      for (int64_t tile = first; tile < last; tile += tiles) {
+        int64_t count = min(tiles, last - tile);
+        transform_tiles<kTile>(gradient, grid, tile, count, 0, 0, z, z_row, z_point, o_begin, o_end);
+        transform_tiles<kPatch>(input, grid, tile, count, pad_h, pad_w, v, v_row, v_point);
+        auto* add = tile == first ? add_products<false> : add_products<true>;
+        for (int64_t k = 0; k < kPoints; ++k)
+          for (int64_t c = 0; c < d_row; c += width)
+            add(z + k * z_point, z_row, v + k * v_point + c, v_row, count, o_end - o_begin,
+                static_cast<int>(min(width, d_row - c) / lanes<float>), d + k * d_point + c, d_row);
+        add_bias(bias, z, z_row, z_point, count, o_end - o_begin);
+      }
+    }
+  });
+  parallel_for(outputs, 4, threads, [&](int64_t begin, int64_t end, int) {
+    transform_back(all_d + begin * d_row, d_row, d_point, slices, d_slice, begin, end - begin, 0, channels,
+                   grad_weight);
+  });
+  for (int64_t o = 0; grad_bias && o < outputs; ++o) {
+    grad_bias[o] = all_bias[o];
+    for (int64_t slice = 1; slice < slices; ++slice) grad_bias[o] += all_bias[slice * b_row + o];
+  }
 }
 
 // The same bits where the map is small and D would outgrow the transforms of all tiles: those are kept, and D exists only
@@ -80,7 +142,7 @@ void correlate_blocks(const View& grad_weight, float* grad_bias, const Source& g
       for (int64_t k = 0; k < kPoints; ++k)
         add_products<false>(z + k * z_point + o, z_row, v + k * v_point + c, v_row, grid.count, rows, vectors,
                             d + k * d_point, width);
-      transform_back(d, width, d_point, o, rows, c, min(c + width, channels), grad_weight);
+      transform_back(d, width, d_point, 1, 0, o, rows, c, min(c + width, channels), grad_weight);
     }
   });
   const float* sums = z + 7 * z_point;  // the point (1, 1)
@@ -96,6 +158,8 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
                int pad_h, int pad_w, int threads) {
   Grid grid(images, gradient.height, gradient.width);
   int64_t outputs = gradient.channels, channels = input.channels, tiles = min(kTiles, grid.count);
+  if (grid.count && kPoints * sizeof(float) * outputs * channels <= kApartBytes)
+    return correlate_apart(grad_weight, grad_bias, gradient, input, grid, pad_h, pad_w, threads);
   // With more tiles, added to D in several steps, this was slower: 1.4 instead of 1.6 times eager's speed at 8x256x14x14.
   if (grid.count && grid.count <= kTiles && grid.count * (outputs + channels) <= outputs * channels)
     return correlate_blocks(grad_weight, grad_bias, gradient, input, grid, pad_h, pad_w, threads);
@@ -122,12 +186,10 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
         add(z + k * z_point, z_row, v + k * v_point + c, v_row, count, outputs, vectors, d + k * d_point + c, d_row);
       }
     });
-    const float* sums = z + 7 * z_point;  // the point (1, 1)
-    for (int64_t t = 0; grad_bias && t < count; ++t)
-      for (int64_t o = 0; o < outputs; o += lanes<float>) store(bias + o, load(bias + o) + load(sums + t * z_row + o));
+    add_bias(bias, z, z_row, z_point, count, outputs);
   }
   parallel_for(outputs, 4, threads, [&](int64_t begin, int64_t end, int) {
-    transform_back(d + begin * d_row, d_row, d_point, begin, end - begin, 0, channels, grad_weight);
+    transform_back(d + begin * d_row, d_row, d_point, 1, 0, begin, end - begin, 0, channels, grad_weight);
   });
   if (grad_bias) std::memcpy(grad_bias, bias, sizeof(float) * outputs);
 }
