@@ -77,14 +77,17 @@ def order(monkeypatch):
 
 def test_interleaving_gives_every_contender_its_turn_in_every_round(order):
     timings = harness.interleave({name: name for name in "abc"}, CPU, seconds=0.5, rounds=4)
-    assert order[-12:] == list("abccbaabccba")  # at so little time a turn is one call
+    timed = "".join(order[-12:])  # at so little time a turn is one call
+    rounds = [timed[i : i + 3] for i in range(0, 12, 3)]
+    assert all(sorted(turn) == list("abc") for turn in rounds) and len(set(rounds)) > 1
     assert all(timing == harness.Timing(300, 300, 300, calls=4) for timing in timings.values())
 
 
 def test_a_contender_that_needs_more_than_its_time_for_one_call_has_three_turns(order):
     timings = harness.interleave({"slow": "slow", "fast": "fast"}, CPU, seconds=0.5, rounds=7)
     assert timings["slow"].calls == 3 and timings["fast"].calls == 7
-    assert "-".join(order).replace("slow", "s").replace("fast", "f") == "s-f-f-" + "s-f-f-f-f-s-f-f-s-f"
+    turns = "".join(order[3:]).replace("slow", "s").replace("fast", "f")  # after the estimates
+    assert sorted(turns[:2]) == sorted(turns[-2:]) == ["f", "s"] and sorted(turns[2:-2]) == list("fffffs")
 
 
 def test_a_longer_budget_means_more_calls():

@@ -120,6 +120,8 @@ def first_layers(op="conv2d_relu", dtypes=DTYPES, exact=False, **pool) -> list[C
         case("flat-kernels", "kernel of one row, padding that differs", (1, 2, 8, 9), 3, (1, 6), padding=(0, 2)),
         case("narrow", "kernel of one column, padding wider than the kernel", (1, 2, 8, 9), 16, (2, 1), padding=(2, 3)),
         case("bands", "an image of several bands of rows", (1, 3, 41, 130), 33, (3, 3)),
+        case("columns", "register tiles of every width but one, of two vectors and of one", (1, 3, 7, 25), 33, (3, 3)),
+        case("columns-5x5", "that one; stride 2", (1, 3, 9, 37), 33, (5, 5), stride=2, layout=CHANNELS_LAST),
         case("weight-cl", "channels_last by the weight alone", (2, 3, 9, 9), 20, (3, 3), weight_layout=CHANNELS_LAST),
         case("sliced", "an input with gaps", (4, 3, 10, 12), 8, (2, 2), view=lambda x: x[::2, :, 1:, ::2]),
         case("one-window", "a map of 2x2", (5, 1, 4, 4), 6, (3, 3)),

@@ -121,32 +121,6 @@ def test_what_eager_does_as_well_is_left_to_it(monkeypatch):
 
 
 @needs_cpu
-@pytest.mark.parametrize(
-    "shape, weight, options, left",
-    [
-        ((2, 3, 40, 40), (8, 3, 3, 3), {}, True),
-        ((2, 3, 40, 40), (8, 3, 3, 3), {"training": True}, False),
-        ((2, 3, 40, 40), (8, 3, 3, 3), {"layout": torch.contiguous_format}, False),
-        ((2, 3, 40, 40), (8, 3, 5, 5), {"layout": torch.contiguous_format}, True),
-        ((2, 3, 260, 260), (32, 3, 5, 5), {"layout": torch.contiguous_format}, False),  # 16.8 million bytes of output
-        ((2, 3, 40, 40), (8, 3, 3, 3), {"dtype": torch.bfloat16}, False),
-        ((2, 2, 40, 40), (8, 2, 3, 3), {}, False),
-        ((2, 3, 362, 362), (32, 3, 3, 3), {}, True),  # 33.2 million bytes of output
-        ((2, 3, 366, 366), (32, 3, 3, 3), {}, False),  # 33.9
-    ],
-)
-def test_which_first_layers_are_left_to_eager(shape, weight, options, left):
-    from pyfused.backends.cpu.conv2d_relu import _cedes, _pool_cedes
-
-    layout, dtype = options.get("layout", torch.channels_last), options.get("dtype", torch.float32)
-    x, w = (torch.empty(s, dtype=dtype).contiguous(memory_format=layout) for s in (shape, weight))
-    w.requires_grad_(options.get("training", False))
-    args = (x, w, None, (1, 1), (0, 0), (1, 1), 1)
-    assert _cedes(*args) == left
-    assert not _pool_cedes(*args, (2, 2), (2, 2))
-
-
-@needs_cpu
 def test_set_conv_algorithm():
     x, w = torch.randn(8, 32, 9, 9), torch.randn(32, 32, 3, 3)
     results = {}

@@ -6,9 +6,6 @@
 namespace pyfused {
 namespace PYFUSED_ISA {
 
-// Staged input and strip of a band: within L1 in NHWC; in NCHW within L2, for long runs of positions in each plane.
-constexpr int64_t band_bytes(bool nhwc) { return nhwc ? 24 << 10 : 64 << 10; }
-
 // Direct convolution is for training and inference, in float32 and below; float64 is left to PyTorch.
 template <class Body>
 PYFUSED_INLINE Status for_low_precision(DType dtype, const Body& body) {
@@ -31,11 +28,12 @@ struct DirectSizes {
   PYFUSED_INLINE int64_t taps() const { return c_in * kh * kw; }
 };
 
-// `rows`, `columns`: of the output to be computed; `step`: a band's rows are a multiple of it (2 under a 2x2 pooling);
-// `item`: bytes of the compute type; `block`: channels handled at a time.
+// `rows`, `columns`: of the output to be computed; `step`: a band's rows are a multiple of it (2 under a 2x2 pooling).
+// `bytes`: what a band's staged input and its strip, of `strip` numbers of `item` bytes a position, may take;
+// `least_bands`: of an image, if it has the rows.
 PYFUSED_INLINE DirectSizes direct_sizes(const View& input, const View& weight, int64_t rows, int64_t columns,
                                         int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t step,
-                                        int64_t item, int64_t block, bool nhwc) {
+                                        int64_t item, int64_t strip, int64_t bytes, int64_t least_bands) {
   DirectSizes s{input.shape[0],
                 input.shape[1],
                 input.shape[2],
@@ -54,9 +52,9 @@ PYFUSED_INLINE DirectSizes direct_sizes(const View& input, const View& weight, i
                 0,
                 0};
   s.pitch = (columns - 1) * stride_w + s.kw;
-  int64_t per_row = (s.c_in * stride_h * s.pitch + columns * block) * item;
-  s.band = max<int64_t>(band_bytes(nhwc) / max<int64_t>(per_row, 1) / step, 1) * step;
-  s.band = min(s.band, max(rows, step));
+  int64_t per_row = (s.c_in * stride_h * s.pitch + columns * strip) * item;
+  s.band = max<int64_t>(bytes / max<int64_t>(per_row, 1) / step, 1) * step;
+  s.band = ceil_div(ceil_div(rows, max(ceil_div(rows, s.band), least_bands)), step) * step;  // of equal size
   s.bands = ceil_div(rows, s.band);
   s.plane = ((s.band - 1) * stride_h + s.kh) * s.pitch;
   return s;

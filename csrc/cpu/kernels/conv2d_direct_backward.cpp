@@ -21,6 +21,9 @@ namespace {
 constexpr int64_t kParts = 32;  // bounds both the threads that can help and the memory of partial sums
 constexpr int kMaxKernelWidth = 7;
 
+// Within L1 in NHWC; in NCHW within L2, for long runs of positions in each plane.
+constexpr int64_t band_bytes(bool nhwc) { return nhwc ? 24 << 10 : 64 << 10; }
+
 // Kernel rows in a tile, so that rows x KW x 2 accumulators fit the registers.
 #if defined(__AVX512F__)
 constexpr int tile_rows(int kw) { return kw <= 2 ? 4 : kw == 3 ? 3 : kw <= 5 ? 2 : 1; }
@@ -227,7 +230,7 @@ Status conv2d_direct_backward_weight(View d_weight, View d_bias, View grad, View
     using T = decltype(tag);
     constexpr int64_t item = sizeof(compute_t<T>);
     DirectSizes s = direct_sizes(input, d_weight, rows, columns, stride_h, stride_w, pad_h, pad_w, fold, item,
-                                 4 * lanes<compute_t<T>>, nhwc);
+                                 4 * lanes<compute_t<T>>, band_bytes(nhwc), 1);
     direct_backward<T>(d_weight, d_bias, grad, saved, input, s, nhwc, threads);
     return Status{};
   });

@@ -12,8 +12,6 @@ aten        PyTorch's convolution (oneDNN) in the layout given, then one pass of
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ... import _C
@@ -26,7 +24,6 @@ from ...ops import conv2d_relu_max_pool2d as pool_op
 WINOGRAD_SAVES = 1200  # products per pair of channels
 REMEMBERED_SAVES = 500  # the same without gradients, where the weight's transform is remembered
 LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth remembering
-FRESH_PAGES = 32 << 20  # bytes from which glibc takes each block from the system and gives it back
 
 
 def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
@@ -74,22 +71,9 @@ def _is_depthwise(input, weight, stride, dilation) -> bool:
 
 
 def _cedes(*args) -> bool:
-    """Whether eager PyTorch does as well: its own convolution would run, or the 1x1 kernel, which transposes NCHW, or a
-    direct one without gradients that oneDNN with the ReLU in place beats."""
-    chosen, nchw = algorithm(*args[:7]), op.memory_format(*args[:2]) == torch.contiguous_format
-    if chosen == "direct":
-        return not needs_grad(*args[:3]) and _is_onednns(nchw, *args)
-    return chosen == "aten" or (chosen == "1x1" and nchw)
-
-
-def _is_onednns(nchw, input, weight, bias, stride, padding, dilation, *_) -> bool:
-    """A forward pass of 3 or 4 channels in float32: oneDNN takes 0.66 to 1.1 times as long (NCHW: from 5x5 taps on),
-    until malloc fetches fresh pages for its output. 8x3x224x224 to 64, 7x7, stride 2: 5.4 against our 6.0 ms, 16 of
-    them 28 against 15. For NCHW, which it converts, that begins earlier: 8 of them take it 19 ms, us 8."""
-    if weight.shape[1] < 3 or input.dtype != torch.float32 or (nchw and min(weight.shape[2:]) < 5):
-        return False
-    output = math.prod(op.output_shape(input, weight, stride, padding, dilation)) * input.itemsize
-    return output * (2 if nchw else 1) < FRESH_PAGES
+    """Whether eager PyTorch does as well: its own convolution would run, or the 1x1 kernel, which transposes NCHW."""
+    chosen = algorithm(*args[:7])
+    return chosen == "aten" or (chosen == "1x1" and op.memory_format(*args[:2]) == torch.contiguous_format)
 
 
 def _pool_cedes(*args) -> bool:
