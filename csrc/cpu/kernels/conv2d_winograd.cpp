@@ -326,8 +326,9 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const We
   bool few_images = Sink::kOverlaps && grid.count / (grid.down * grid.across) < threads;
   bool together = few_images || weight_bytes >= kLargeWeight;
   const float* u = weight.finished() ? weight.view.as<float>() : nullptr;
-  // U and V are of one size here: what is made twice costs less than what every thread would read of the others' U.
-  bool by_outputs = !together && !u && threads > 1 && panels > 1 && grid.count <= sink.channels;
+  // V is no larger than U here: making it twice costs less than what every thread would read of the others' U.
+  bool few_tiles = grid.count * (Sink::kOverlaps ? 2 : 1) <= sink.channels;
+  bool by_outputs = !together && !u && threads > 1 && panels > 1 && few_tiles;
   if (!u && !by_outputs && !(together && blocks == 1)) {
     auto* own = static_cast<float*>(scratch(1, weight_bytes));
     transform_weight(weight, 0, panels, own, threads);

@@ -76,7 +76,7 @@ template <class Source>
 void correlate_apart(const View& grad_weight, float* grad_bias, const Source& gradient, const Plain& input,
                      const Grid& grid, int pad_h, int pad_w, int threads) {
   int64_t outputs = gradient.channels, channels = input.channels, vectors = ceil_div(outputs, lanes<float>);
-  int64_t slices = grid.count < 8 * kApartTiles ? 1 : grid.count < 128 * kApartTiles ? 2 : 8;
+  int64_t slices = grid.count < 4 * kApartTiles ? 1 : grid.count < 128 * kApartTiles ? 2 : 8;
   int64_t groups = min(vectors, ceil_div(int64_t{threads}, slices)), tiles = ceil_div(grid.count, slices);
   if (tiles > 2 * kApartTiles) tiles = kApartTiles;
   int64_t d_row = round_up(channels, lanes<float>), v_row = d_row + kSkew;
