@@ -1,5 +1,5 @@
 // What the Winograd kernels share: the transforms of F(4x4, 3x3), where tiles lie, how their patches are read, and the
-// matrix product in the middle. The contracts stand in conv2d_winograd.cpp and conv2d_winograd_backward_weight.cpp.
+// matrix product in the middle. The contracts stand in conv2d_winograd.cpp and conv2d_winograd_backward_*.cpp.
 //
 // Interpolation points 0, 1, −1, 2, −2, ∞ (Lavin & Gray 2015, arXiv:1509.09308):
 //        ⎡4  0 −5  0 1 0⎤        ⎡ 1/4     0    0 ⎤

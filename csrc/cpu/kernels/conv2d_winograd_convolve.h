@@ -1,0 +1,241 @@
+// The middle of Winograd's convolution and of its data gradient: patches of a source, transformed, times the transformed
+// weight, into a sink, which makes pixels of the 36 sums of a tile.
+//
+// A sink has `channels`, finish(products, tile, channel, count), and kOverlaps: whether tiles of an image meet in its
+// pixels, so that they must be one thread's; then also clear(first, last image, first, last channel).
+#pragma once
+#include "cpu/kernels/conv2d_winograd.h"
+#include "cpu/scratch.h"
+
+namespace pyfused {
+namespace PYFUSED_ISA {
+namespace {
+
+constexpr int kGroup = 64;  // output channels between two transforms: M of one group stays in the cache
+constexpr int64_t kBlockBytes = 128 << 10;
+constexpr int64_t kLargeWeight = 2 << 20;  // bytes of U that outgrow a core's cache
+constexpr int64_t kSharedBytes = 4 << 20;  // of V and M where all threads work on the same tiles
+constexpr int64_t kSharedRows = 48;        // tiles of one point's product that a thread takes at a time
+
+// M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point.
+PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles, const float* u, int64_t depth,
+                                   int panels, float* m) {
+  constexpr int per_panel = kPanel / lanes<float>;
+  int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next vector of channels
+  for (int j = 0; j < panels * per_panel; j += kVectors) {
+    const float* b = u + j / per_panel * depth * kPanel + j % per_panel * lanes<float>;
+    with_constant<kVectors>(min(kVectors, panels * per_panel - j), [&](auto vectors) {
+      float* out = m + j * lanes<float>;
+      int64_t t = 0;
+      for (; t + kRows <= tiles; t += kRows)
+        multiply<kRows, vectors.value, false>(v + t * v_row, v_row, 1, b, next, kPanel, depth, out + t * kGroup,
+                                              kGroup);
+      with_constant<kRows - 1>(static_cast<int>(tiles - t), [&](auto rows) {
+        multiply<rows.value, vectors.value, false>(v + t * v_row, v_row, 1, b, next, kPanel, depth, out + t * kGroup,
+                                                   kGroup);
+      });
+    });
+  }
+}
+
+// --- The weight as the products take it. View of [O, C, 3, 3] in any strides; transposed: O and C exchanged, for the
+// data gradient. Or the finished U.
+struct Weight {
+  const View& view;
+  bool transposed;
+  PYFUSED_INLINE bool finished() const { return view.ndim == 1; }
+};
+
+PYFUSED_INLINE int64_t point_stride(int64_t panels, int64_t depth) { return panels * depth * kPanel + kSkew; }
+
+// U of `panels` panels from panel `first` on: u[36][panels][depth][16], points `point_stride(panels, depth)` apart.
+void transform_weight(const Weight& weight, int64_t first, int64_t panels, float* u, int threads) {
+  const View& view = weight.view;
+  int64_t outputs = view.shape[weight.transposed], depth = view.shape[!weight.transposed];
+  int64_t output_stride = view.strides[weight.transposed], depth_stride = view.strides[!weight.transposed];
+  int64_t point = point_stride(panels, depth), offset[9];
+  for (int tap = 0; tap < 9; ++tap) offset[tap] = tap / 3 * view.strides[2] + tap % 3 * view.strides[3];
+  parallel_for(panels * depth, 64, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {  // in the order in which the filters lie
+      int64_t panel = output_stride < depth_stride ? row % panels : row / depth;
+      int64_t c = output_stride < depth_stride ? row / panels : row % depth;
+      int64_t o = (first + panel) * kPanel, count = min<int64_t>(kPanel, outputs - o);
+      const float* from = view.as<float>() + o * output_stride + c * depth_stride;
+      float taps[9][kPanel] = {};
+      for (int64_t i = 0; i < count; ++i, from += output_stride)
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) taps[tap][i] = from[offset[tap]];
+      for (int i = 0; i < kPanel; i += lanes<float>) {
+        V w[9], points[kPoints];
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps[tap] + i);
+        transform_filter(w, points);
+        float* to = u + (panel * depth + c) * kPanel + i;
+#pragma GCC unroll 36
+        for (int k = 0; k < kPoints; ++k) store(to + k * point, points[k]);
+      }
+    }
+  });
+}
+
+// The results of tiles [first, first + count) of the grid for channels [begin, end), from m[36][count][kGroup] whose
+// rows start with channel `origin`.
+template <class Sink>
+void finish_tiles(const Sink& sink, const Grid& grid, int64_t first, int64_t count, int64_t begin, int64_t end,
+                  const float* m, int64_t m_point, int64_t origin) {
+  for (int64_t t = 0; t < count; ++t) {
+    Tile tile(grid, first + t);
+    for (int64_t o = begin; o < end; o += lanes<float>) {
+      V products[kPoints];
+      const float* p = m + t * kGroup + (o - origin);
+#pragma GCC unroll 36
+      for (int k = 0; k < kPoints; ++k) products[k] = load(p + k * m_point);
+      sink.finish(products, tile, o, sink.channels - o);
+    }
+  }
+}
+
+// --- Two schedules of  sink <- tiles of `source` (patches of P x P at the grid's tiles, less the padding) times U.  Every
+// sum has the same order in both: the same bits.
+
+// Each thread by itself: with a part of the tiles (those that overlap in the result are one thread's), in blocks whose V
+// and M stay in its cache, each of which reads all of U; or, by_outputs, with all tiles and a part of the output channels,
+// whose U it makes for itself: every thread makes V, but U never goes from core to core.
+template <int P, class Source, class Sink>
+void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, const float* u,
+                    bool by_outputs, int pad_h, int pad_w, int threads) {
+  int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
+  int64_t v_row = round_up(depth, lanes<float>), unit = Sink::kOverlaps ? grid.down * grid.across : 1;
+  int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints * 4 * v_row) / kRows * kRows);
+  most = min(most, round_up(grid.count, kRows));
+  int64_t v_point = most * v_row + kSkew, m_point = most * kGroup + kSkew;
+  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints * (v_point + m_point)));
+  int64_t items = by_outputs ? all_panels : grid.count / unit, grain = by_outputs ? 1 : max<int64_t>(1, kRows / unit);
+  parallel_for(items, grain, threads, [&](int64_t begin, int64_t end, int thread) {
+    float *v = memory + thread * kPoints * (v_point + m_point), *m = v + kPoints * v_point;
+    int64_t first_panel = by_outputs ? begin : 0, last_panel = by_outputs ? end : all_panels;
+    if (by_outputs) begin = 0, end = grid.count / unit;
+    int64_t u_point = point_stride(last_panel - first_panel, depth);
+    const float* mine = u;
+    if (by_outputs) {
+      auto* made = static_cast<float*>(scratch(2, sizeof(float) * kPoints * u_point));
+      transform_weight(weight, first_panel, last_panel - first_panel, made, 1);
+      mine = made;
+    }
+    int64_t last_channel = min(channels, last_panel * kPanel);
+    if constexpr (Sink::kOverlaps) sink.clear(begin, end, first_panel * kPanel, last_channel);
+    int64_t blocks = ceil_div((end - begin) * unit, most);
+    int64_t block = min(most, round_up(ceil_div((end - begin) * unit, blocks), kRows));
+    for (int64_t first = begin * unit; first < end * unit; first += block) {
+      int64_t count = min(block, end * unit - first);
+      transform_tiles<P>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
+      for (int64_t panel = first_panel; panel < last_panel; panel += kGroup / kPanel) {
+        int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, last_panel - panel));
+        for (int k = 0; k < kPoints; ++k)
+          multiply_group(v + k * v_point, v_row, count, mine + k * u_point + (panel - first_panel) * depth * kPanel,
+                         depth, panels, m + k * m_point);
+        finish_tiles(sink, grid, first, count, panel * kPanel, min(last_channel, (panel + panels) * kPanel), m, m_point,
+                     panel * kPanel);
+      }
+    }
+  });
+}
+
+// All threads on one large block of tiles, group by group of output channels: U is read once per block, and where one
+// block takes all tiles and U is not there yet, it exists only a group at a time, in cache. Threads share the filters, the
+// points and rows of tiles, then the tiles; where tiles overlap, the images and vectors of channels.
+template <int P, class Source, class Sink>
+void convolve_together(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, int64_t block,
+                       const float* u, int pad_h, int pad_w, int threads) {
+  int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
+  int64_t v_row = round_up(depth, lanes<float>), v_point = block * v_row + kSkew, m_point = block * kGroup + kSkew;
+  auto* v = static_cast<float*>(scratch(0, sizeof(float) * kPoints * (v_point + m_point)));
+  float *m = v + kPoints * v_point, *own = nullptr;
+  if (!u) own = static_cast<float*>(scratch(1, sizeof(float) * kPoints * point_stride(kGroup / kPanel, depth)));
+  int64_t image = grid.down * grid.across;
+  if constexpr (Sink::kOverlaps)
+    parallel_for(grid.count / image, 1, threads,
+                 [&](int64_t begin, int64_t end, int) { sink.clear(begin, end, 0, channels); });
+  for (int64_t first = 0; first < grid.count; first += block) {
+    int64_t count = min(block, grid.count - first), row_blocks = ceil_div(count, kSharedRows);
+    parallel_for(count, 1, threads, [&](int64_t begin, int64_t end, int) {
+      transform_tiles<P>(source, grid, first + begin, end - begin, pad_h, pad_w, v + begin * v_row, v_row, v_point);
+    });
+    for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
+      int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
+      if (own) transform_weight(weight, panel, panels, own, threads);
+      const float* group = own ? own : u + panel * depth * kPanel;
+      int64_t u_point = point_stride(own ? panels : all_panels, depth);
+      parallel_for(kPoints * row_blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item) {
+          int64_t k = item / row_blocks, t = item % row_blocks * kSharedRows;
+          multiply_group(v + k * v_point + t * v_row, v_row, min(kSharedRows, count - t), group + k * u_point, depth,
+                         panels, m + k * m_point + t * kGroup);
+        }
+      });
+      int64_t origin = panel * kPanel, last = min(channels, origin + panels * kPanel);
+      if constexpr (Sink::kOverlaps) {
+        int64_t vectors = ceil_div(last - origin, lanes<float>), image0 = first / image;
+        int64_t images = (first + count - 1) / image - image0 + 1;
+        parallel_for(images * vectors, 1, threads, [&](int64_t begin, int64_t end, int) {
+          for (int64_t item = begin; item < end; ++item) {
+            int64_t n = image0 + item / vectors, o = origin + item % vectors * lanes<float>;
+            int64_t from = max(first, n * image), to = min(first + count, (n + 1) * image);
+            finish_tiles(sink, grid, from, to - from, o, min(last, o + lanes<float>), m + (from - first) * kGroup,
+                         m_point, origin);
+          }
+        });
+      } else {
+        parallel_for(count, 1, threads, [&](int64_t begin, int64_t end, int) {
+          finish_tiles(sink, grid, first + begin, end - begin, origin, last, m + begin * kGroup, m_point, origin);
+        });
+      }
+    }
+  }
+}
+
+template <int P, class Source, class Sink>
+void convolve(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, int pad_h, int pad_w,
+              int threads) {
+  if (!grid.count) return;
+  int64_t depth = source.channels, panels = ceil_div(sink.channels, kPanel),
+          u_size = kPoints * point_stride(panels, depth);
+  int64_t weight_bytes = sizeof(float) * u_size,
+          tile_bytes = kPoints * sizeof(float) * (round_up(depth, lanes<float>) + kGroup);
+  int64_t most = max<int64_t>(8 * kRows, max(kSharedBytes, weight_bytes) / tile_bytes),
+          blocks = ceil_div(grid.count, most);
+  bool few_images = Sink::kOverlaps && grid.count / (grid.down * grid.across) < threads;
+  bool together = few_images || weight_bytes >= kLargeWeight;
+  const float* u = weight.finished() ? weight.view.as<float>() : nullptr;
+  // V is no larger than U here: making it twice costs less than what every thread would read of the others' U.
+  bool few_tiles = grid.count * (Sink::kOverlaps ? 2 : 1) <= sink.channels;
+  bool by_outputs = !together && !u && threads > 1 && panels > 1 && few_tiles;
+  if (!u && !by_outputs && !(together && blocks == 1)) {
+    auto* own = static_cast<float*>(scratch(1, weight_bytes));
+    transform_weight(weight, 0, panels, own, threads);
+    u = own;
+  }
+  if (together)
+    convolve_together<P>(source, sink, grid, weight, ceil_div(grid.count, blocks), u, pad_h, pad_w, threads);
+  else
+    convolve_apart<P>(source, sink, grid, weight, u, by_outputs, pad_h, pad_w, threads);
+}
+
+// What forward and backward ask of their arguments alike.
+Status check(const Weight& weight, int64_t depth, int64_t outputs, int pad_h, int pad_w) {
+  const View& view = weight.view;
+  PYFUSED_REQUIRE(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding", "must lie in 0..2");
+  PYFUSED_REQUIRE(view.dtype == DType::f32, "weight", "must be float32");
+  if (weight.finished())
+    PYFUSED_REQUIRE(view.contiguous() && view.numel() == kPoints * point_stride(ceil_div(outputs, kPanel), depth),
+                    "weight", "as transformed must be 36 * (C * round_up(O, 16) + 16) contiguous float32");
+  else
+    PYFUSED_REQUIRE(view.ndim == 4 && view.shape[weight.transposed] == outputs &&
+                        view.shape[!weight.transposed] == depth && view.shape[2] == 3 && view.shape[3] == 3,
+                    "weight", "must be float32 [O, C, 3, 3] or transformed");
+  return {};
+}
+
+}  // namespace
+}  // namespace PYFUSED_ISA
+}  // namespace pyfused
