@@ -691,6 +691,19 @@ IN_BATCH_CROSS_ENTROPY: list[Case] = [
     in_batch_case("temperature", "scale multiplies the products, not bias and log_q", scale=6.5, bias=True, log_q=True),
     in_batch_case("chunks", "several chunks of rows, the last one shorter", 1001, 90, 120, bias=True),
     in_batch_case("chunks-none", "the same, computed again", 1001, 90, 120, bias=True, reduction="none"),
+    in_batch_case(
+        "tiles",
+        "three tiles of 64 x 64 scores, hits in all; D of several panels of 64 bytes",
+        150,
+        items=40,
+        dim=70,
+        bias=True,
+        log_q=True,
+    ),
+    in_batch_case(
+        "tiles-none", "the same, upstream gradients of every pair", 150, items=40, dim=70, bias=True, reduction="none"
+    ),
+    in_batch_case("wide", "D = 300: rows too long for the tiles of a GPU, by chunks", 12, items=9, dim=300, bias=True),
     in_batch_case("odd-dim", "D = 13: row tails in the sums by id", dim=13, reduction="none"),
 ]
 

@@ -1,25 +1,20 @@
 // What the implicit-GEMM convolutions share: tiles of 64 x 64 or 128 x 128 numbers, an inner dimension that is read 64
 // bytes at a time (kInner numbers) through kStages buffers, and the products of one such tile.
 //
-// Every buffer in shared memory is made of 16-byte chunks, swizzled so that the eight rows of an ldmatrix lie in
-// different banks. Operands lie in one of two ways:
-//   rows     [64 or 128][kInner]: the inner dimension is adjacent, as in NHWC inputs and weights
+// Operands lie in shared memory in one of two ways, both in 16-byte chunks that are swizzled so that the eight rows of an
+// ldmatrix lie in different banks:
+//   rows     [64 or 128][kInner], a panel of tensor_cores.cuh: the inner dimension is adjacent, as in NHWC inputs and
+//            weights
 //   columns  [kInner][64 or 128]: the outer dimension is, as for the weight gradient, whose inner dimension is pixels
-// Products  16-bit types with float sums; float as TF32 (10 bits of mantissa), or, EXACT, as 3xTF32: each number is the
-//           sum of two TF32 numbers, 22 bits, three of the four products are formed, and each step's sum is added with
-//           rounding to nearest, which tensor cores do not do. In 3xTF32 infinity times infinity is NaN.
 #pragma once
 #include "cuda/conv2d_operands.cuh"
+#include "cuda/tensor_cores.cuh"
 
 namespace pyfused {
 namespace cuda {
 namespace {
 
 constexpr int kStages = 3;
-constexpr int kChunks = 4;  // of the inner dimension at a time
-
-template <class T>
-constexpr int kInner = kChunks * kWidth<T>;
 
 template <bool LARGE>
 struct Tile {
@@ -34,8 +29,6 @@ template <bool LARGE>
 using Sums = float[Tile<LARGE>::high][4][4];
 
 // --- Where things lie
-__device__ __forceinline__ int row_chunk(int row, int chunk) { return (row * kChunks + (chunk ^ (row >> 1 & 3))) * 16; }
-
 template <class T, bool LARGE>
 __device__ __forceinline__ int column_chunk(int inner, int chunk) {  // 32-bit numbers are not read by ldmatrix
   return (inner * (Tile<LARGE>::size / kWidth<T>)+(chunk ^ (sizeof(T) == 2 ? inner & 7 : (inner & 3) * 2))) * 16;
@@ -63,44 +56,6 @@ __device__ __forceinline__ void pipeline(int steps, const Load& load, const Arri
 }
 
 // --- Products
-// R registers of a fragment; of a number in 3xTF32 `rest` is what `value` leaves. A number that TF32 cannot hold, such
-// as infinity, goes to `rest` alone: infinity times the 0 that it would leave would be NaN.
-template <bool EXACT, int R>
-struct Fragment {
-  uint32_t value[R], rest[EXACT ? R : 1];
-
-  template <class T>
-  __device__ __forceinline__ void set(int i, uint32_t word) {
-    value[i] = word;
-    if constexpr (sizeof(T) == 4) {
-      float x;
-      memcpy(&x, &word, sizeof x);
-      value[i] = to_tf32(x);
-      if constexpr (EXACT) {
-        float rounded;
-        memcpy(&rounded, &value[i], sizeof x);
-        const bool finite = fabsf(rounded) < INFINITY;
-        rest[i] = finite ? to_tf32(x - rounded) : word;
-        if (!finite) value[i] = 0;
-      }
-    }
-  }
-};
-
-template <class T, bool EXACT>
-__device__ __forceinline__ void multiply(float (&sum)[4], const Fragment<EXACT, 4>& a, const Fragment<EXACT, 2>& b) {
-  if constexpr (EXACT) {
-    float step[4] = {0, 0, 0, 0};
-    mma(step, a.rest, b.value, T());
-    mma(step, a.value, b.rest, T());
-    mma(step, a.value, b.value, T());
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += step[i];
-  } else {
-    mma(sum, a.value, b.value, T());
-  }
-}
-
 // Four 8 x 8 matrices (8 x 4 of 32-bit numbers) of an operand in columns, inner numbers from `inner`, outer from `outer`;
 // SECOND_INNER: the second matrix is further inside and the third further outside, else the other way round.
 template <class T, bool LARGE, bool SECOND_INNER>
@@ -119,12 +74,6 @@ __device__ __forceinline__ void load_columns(uint32_t (&r)[4], const unsigned ch
       r[m] = *reinterpret_cast<const uint32_t*>(operand + at);
     }
   }
-}
-template <class T, bool SECOND_INNER>
-__device__ __forceinline__ void load_rows(uint32_t (&r)[4], const unsigned char* operand, int chunk, int outer) {
-  const int lane = threadIdx.x % 32;
-  const int in = SECOND_INNER ? lane >> 3 & 1 : lane >> 4, out = SECOND_INNER ? lane >> 4 : lane >> 3 & 1;
-  load_matrices(r, operand + row_chunk(outer + (lane & 7) + out * 8, chunk + in));
 }
 
 // sums += a b over one buffer: a has Tile::size rows, b as many columns; COLUMNS: how both lie.

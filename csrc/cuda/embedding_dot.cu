@@ -80,10 +80,11 @@ __global__ void __launch_bounds__(kBlock, 3) forward(Scores<T> p) {
   }
 }
 
-// out[i] = factor · table[ids[i]], in the arithmetic's type or the table's; 0 for an id outside the table.
+// out[i] = factor · table[ids[i]], in the arithmetic's type or the table's, and zeros up to `width`; all zeros for an id
+// outside the table.
 template <class T, class O>
 __global__ void __launch_bounds__(kBlock)
-    gather(O* out, Ids ids, Table<T> table, compute_t<T> factor, int64_t count, int lanes) {
+    gather(O* out, Ids ids, Table<T> table, compute_t<T> factor, int64_t count, int width, int lanes) {
   using C = compute_t<T>;
   const int lane = threadIdx.x % lanes;
   const int64_t i = int64_t(blockIdx.x) * (kBlock / lanes) + threadIdx.x / lanes;
@@ -92,8 +93,8 @@ __global__ void __launch_bounds__(kBlock)
   const bool ok = table.has(id);
   const T* const row = table.row(ok ? id : 0);
 #pragma unroll 4
-  for (int d = lane; d < table.dim; d += lanes)
-    out[i * table.dim + d] = from_compute<O>(ok ? to_compute(row[d]) * factor : C(0));
+  for (int d = lane; d < width; d += lanes)
+    out[i * width + d] = from_compute<O>(ok && d < table.dim ? to_compute(row[d]) * factor : C(0));
 }
 
 }  // namespace
@@ -144,20 +145,21 @@ Status embedding_dot(View out, View user, View item, View user_weight, View item
 Status gather_rows(View out, View ids, View table, double factor, Stream stream) {
   PYFUSED_REQUIRE(ids.ndim == 1 && are_ids(ids), "ids", "must be a contiguous vector of int32 or int64");
   PYFUSED_REQUIRE(is_table(table), "table", "must be [rows, D] with rows without gaps");
-  PYFUSED_REQUIRE(is_packed(out) && out.ndim == 2 && out.shape[0] == ids.shape[0] && out.shape[1] == table.shape[1] &&
+  PYFUSED_REQUIRE(is_packed(out) && out.ndim == 2 && out.shape[0] == ids.shape[0] && out.shape[1] >= table.shape[1] &&
+                      out.shape[1] < INT32_MAX / 2 &&
                       (out.dtype == table.dtype || (out.dtype == DType::f32 && table.dtype != DType::f64)),
-                  "out", "must be [ids, D], of the table's dtype or the arithmetic's");
+                  "out", "must be [ids, W >= D], of the table's dtype or the arithmetic's");
   if (out.numel() == 0) return {};
   return for_dtype(table.dtype, [&](auto type) {
     using T = decltype(type);
     using C = compute_t<T>;
     const Table<T> rows(table);
-    const int lanes = lanes_for(rows.dim, 4, 32);
+    const int width = static_cast<int>(out.shape[1]), lanes = lanes_for(width, 4, 32);
     const int64_t blocks = ceil_div(ids.shape[0], kBlock / lanes);
     PYFUSED_REQUIRE(blocks <= INT32_MAX, "ids", "are too many");
     auto run = [&](auto* to) {
       return launch(gather<T, std::decay_t<decltype(*to)>>, static_cast<unsigned>(blocks), kBlock, 0, stream, to,
-                    Ids(ids), rows, static_cast<C>(factor), ids.shape[0], lanes);
+                    Ids(ids), rows, static_cast<C>(factor), ids.shape[0], width, lanes);
     };
     return out.dtype == table.dtype ? run(out.as<T>()) : run(out.as<C>());
   });

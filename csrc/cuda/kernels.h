@@ -52,6 +52,11 @@ using Settings = std::array<double, 8>;  // of an optimizer: four numbers for a 
      View workspace_squares, View grad, View keys, View order, View ranks, View other_ids, View other_weight,          \
      View other_rows, Settings settings, int rule, int64_t rows, Stream stream))                                       \
   K(gather_rows, (View out, View ids, View table, double factor, Stream stream))                                       \
+  K(in_batch_cross_entropy, (View loss, View stats, View workspace, View rows, View items, View offset, View item,     \
+                             double scale, bool masked, Stream stream))                                                \
+  K(in_batch_cross_entropy_backward,                                                                                   \
+    (View d_rows, View d_offset, View rows, View items, View offset, View item, View stats, View grad, View most,      \
+     double scale, bool masked, bool by_item, Stream stream))                                                          \
   K(in_batch_ids, (View bad, View user, View item, int64_t users, int64_t items, bool report, Stream stream))          \
   K(mask_accidental_hits, (View scores, View item, int64_t first, Stream stream))
 

@@ -65,12 +65,17 @@ def _gather(table, ids, factor):
     return rows if factor == 1 else rows * factor
 
 
-def _linear_layer(gather, user, item, user_weight, item_weight, item_bias, log_q, scale):
-    """(input, weight, bias) of the linear layer whose logits are the scores. gather: as `_gather`, of some backend."""
-    dtype = arithmetic_dtype(user_weight)
+def column_offset(gather, item, item_bias, log_q, dtype):
+    """What every score of a column has besides the product, (B,) of `dtype`, or None. gather: as `_gather`."""
     bias = None if item_bias is None else gather(item_bias.unsqueeze(1), item, 1.0).squeeze(1).to(dtype)
     if log_q is not None:
         bias = -log_q.to(dtype) if bias is None else bias - log_q.to(dtype)
+    return bias
+
+
+def _linear_layer(gather, user, item, user_weight, item_weight, item_bias, log_q, scale):
+    """(input, weight, bias) of the linear layer whose logits are the scores. gather: as `_gather`, of some backend."""
+    bias = column_offset(gather, item, item_bias, log_q, arithmetic_dtype(user_weight))
     return gather(user_weight, user, scale), gather(item_weight, item, 1.0), bias
 
 
@@ -119,6 +124,13 @@ def run_backward(chunk, mask: Mask, grad_loss, user, item, user_weight, item_wei
         target = torch.arange(len(user), device=user.device)
         given = (grad_loss, *layer, target, None, stats.new_ones(()), stats, _row_needs(needed), *_PLAIN)
         d_rows, d_items, d_offset = linear.run_backward(chunk, *given, adjust=mask if masked else None)
+    given = (grad_loss, user, item, user_weight, item_weight, item_bias, log_q, d_rows, d_items, d_offset)
+    return sum_by_id(*given, needed, scale, reduction)
+
+
+def sum_by_id(grad_loss, user, item, user_weight, item_weight, item_bias, log_q, d_rows, d_items, d_offset, needed,
+              scale, reduction):  # fmt: skip
+    """The registered op's results from the gradients of the linear layer: for upstream gradient 1 of a reduced loss."""
     factor = grad_loss.new_ones(()) if reduction == _NONE else grad_loss
     none = user_weight.new_empty(0)
     return (
@@ -261,8 +273,10 @@ def in_batch_cross_entropy(
 
     Returns:
         The loss, (B,) or a number, of the tables' dtype (float32 under autocast). The arithmetic is float32 (float64
-        tables: float64), under autocast too, also where gradients of repeated ids are summed. All floating arguments
-        have gradients, dense for the tables. An empty batch: NaN for "mean", as in cross_entropy.
+        tables: float64), under autocast too, also where gradients of repeated ids are summed; but CUDA's tensor cores
+        multiply 16-bit rows by probabilities in 16 bits, and float32 as TF32 where torch.backends.cuda.matmul allows
+        it. All floating arguments have gradients, dense for the tables. An empty batch: NaN for "mean", as in
+        cross_entropy.
 
     Raises:
         IndexError: an id is not a row of its table (negative ids are not).
