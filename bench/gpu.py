@@ -21,13 +21,15 @@ from . import harness, report
 from .cases import BF16, FULL
 from .convolutions import Conv
 from .harness import Contender, run_case
-from .workloads import Builders, Case, CrossEntropy, LinearCrossEntropy
+from .workloads import Builders, Case, CrossEntropy, InBatchCrossEntropy, LinearCrossEntropy
 
 LARGE: list[Case] = [
     CrossEntropy(shape=(8192, 128256), dtype=BF16, why="a large language model's step: 2.1 GB of logits"),
     CrossEntropy(shape=(8192, 1000), dtype=BF16, why="bound by the launch"),
     CrossEntropy(shape=(8, 128256), dtype=BF16, why="few rows: one multiprocessor each"),
     LinearCrossEntropy(rows=8192, features=2048, classes=128256, dtype=BF16, why="a large language model's last layer"),
+    InBatchCrossEntropy(batch=8192, dtype=BF16, why="scores on tensor cores, 16 bits"),
+    InBatchCrossEntropy(batch=32768, dim=128, dtype=BF16, why="2.1 GB of scores in eager"),
 ]
 
 
@@ -50,7 +52,21 @@ class OnGpu:
         if isinstance(self.case, Conv) and "ours on triton" in builders and self.case.groups == 1:
             for own, name in ((True, "own product"), (False, "cuDNN")):  # what its rule of thumb chooses from
                 builders[f"ours on triton, {name}"] = lambda own=own: _within(lambda: _triton_way(own), ours())
+        if isinstance(self.case, InBatchCrossEntropy) and "ours on cuda" in builders:  # tiles, where they can run
+            builders["ours on cuda, chunks"] = lambda: _within(_by_chunks, ours())
         return builders
+
+
+@contextlib.contextmanager
+def _by_chunks():
+    from pyfused.backends.cuda import in_batch_cross_entropy as adapter
+
+    before, adapter.cannot_tile = adapter.cannot_tile, lambda *args: "not asked for"
+    try:
+        with pyfused.use_backend("cuda"):
+            yield
+    finally:
+        adapter.cannot_tile = before
 
 
 @contextlib.contextmanager

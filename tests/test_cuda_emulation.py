@@ -470,6 +470,7 @@ print("all cases ran")
 
 MORE = [
     ("cuda_conv2d_implicit_gemm", "not gpu"),
+    ("cuda_in_batch_cross_entropy", "not gpu and (splits or 16 or 255 or special or 32_bits)"),
     ("cuda_emulation", "(hot_ids or out_of_range or distance) and not sanitizers"),  # else this test runs itself
 ]
 

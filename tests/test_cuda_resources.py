@@ -173,3 +173,24 @@ def test_two_blocks_of_a_convolution_fit_a_multiprocessor(kernels, source, name,
     for k in kernels[source]:
         if re.match(rf"{name}<__\w+, false, true>", k.name):
             assert k.registers <= 128, f"{k.name} on sm_{k.architecture}: {k.registers} registers"
+
+
+@pytest.mark.parametrize("source", ["in_batch_cross_entropy", "in_batch_cross_entropy_backward"])
+def test_in_batch_softmax_uses_tensor_cores_and_copies_asynchronously(kernels, source):
+    backward = source.endswith("backward")
+    for kernel in of(kernels, source, "gradient" if backward else "forward"):
+        products = len(re.findall(r"mma\.sync\.aligned\.m16n8k(?:16|8)\.row\.col\.f32\.(?:f16|bf16|tf32)", kernel.ptx))
+        panels = int(kernel.name[-2]) if backward else 0
+        assert products == 16 + 16 * panels, f"{kernel.name}: {products} products"
+        assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in kernel.ptx, kernel.name
+        transposed = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in kernel.ptx
+        assert transposed == (backward and "<float" not in kernel.name), kernel.name  # 32-bit numbers cannot be
+        assert "cp.async.cg.shared.global" in kernel.ptx and "atom" not in kernel.ptx, kernel.name
+
+
+def test_blocks_of_the_in_batch_softmax_that_fit_a_multiprocessor(kernels):
+    """By their registers, 128 threads each: rows of 128 bytes four blocks, of 256 three, of 512 two."""
+    for source, name in (("in_batch_cross_entropy", "forward<"), ("in_batch_cross_entropy_backward", "gradient<")):
+        for k in (k for k in kernels[source] if k.name.startswith(name)):
+            most = {"4>": 168, "8>": 255}.get(k.name[-2:], 128)
+            assert k.registers <= most, f"{k.name} on sm_{k.architecture}: {k.registers} registers"

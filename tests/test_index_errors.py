@@ -1,5 +1,7 @@
 """Labels and ids out of range on a GPU: NaN where they are used, gradient 0, and an error later, in the CPU's words."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from pyfused import _binary, dispatch
 
 pytestmark = pytest.mark.parametrize("variant", ["cuda", "cuda-emulated", "triton"], indirect=True)
 BAD = pytest.mark.parametrize("bad", [-1, 9, 2**40])
-REPORTING = ("cuda_cross_entropy", "cuda_embedding_dot", "cuda_in_batch_ids")
+REPORTING = ("cuda_check_labels", "cuda_cross_entropy", "cuda_embedding_dot", "cuda_in_batch_ids")
 
 
 @pytest.fixture
@@ -79,6 +81,20 @@ def test_label_of_a_linear_layer(device, reduction, bad):
     for a, b in zip(got, torch.autograd.grad(loss, (x, w), torch.ones_like(loss)), strict=True):
         torch.testing.assert_close(a, b)
     raises_once("target", 4, bad, 9)
+
+
+@BAD
+@pytest.mark.parametrize("rows", [2, 4, 6])
+@pytest.mark.op("linear_cross_entropy")
+def test_label_in_a_chunk_of_a_linear_layer(device, monkeypatch, rows, bad):
+    """It is named by its place in the whole target; in the last of three chunks, of two, or in the only one."""
+    adapter = importlib.import_module(f"pyfused.backends.{dispatch._forced}.linear_cross_entropy")
+    monkeypatch.setattr(adapter, "_chunk", lambda input, weight: input.new_empty(rows, len(weight)))
+    target = torch.tensor([0, 1, -100, 3, 3, 8], device=device)
+    target[5] = bad
+    loss = PF.linear_cross_entropy(*(torch.randn(n, 8, device=device) for n in (6, 9)), target, reduction="none")
+    assert loss.isnan().tolist() == [False] * 5 + [True]
+    raises_once("target", 5, bad, 9)
 
 
 @BAD

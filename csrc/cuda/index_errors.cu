@@ -1,4 +1,4 @@
-// The host's side of index_errors.cuh.
+// The host's side of index_errors.cuh; and labels checked by themselves, where other kernels see only some of them.
 #include "cuda/device.h"
 #include "cuda/index_errors.cuh"
 
@@ -22,6 +22,16 @@ IndexError* allocate() {
 
 bool allocated = false;  // so that looking does not allocate
 
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads)
+    check(const int64_t* target, int64_t count, int64_t classes, int64_t ignore_index, IndexError* index_error) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
+    const int64_t t = target[i];
+    if (t != ignore_index && (t < 0 || t >= classes)) report_out_of_range(index_error, Argument::target, i, t, classes);
+  }
+}
+
 }  // namespace
 
 IndexError* index_error() {
@@ -39,6 +49,14 @@ Status take_index_error() {
   const Status status = out_of_range(names[static_cast<int>(e.argument)], e.position, e.value, e.limit);
   state = 0;
   return status;
+}
+
+// Leaves a note for check_errors; reads 8 bytes a label.
+Status check_labels(View target, int64_t classes, int64_t ignore_index, Stream stream) {
+  PYFUSED_REQUIRE(target.dtype == DType::i64 && target.contiguous(), "target", "must be contiguous int64");
+  const int64_t count = target.numel(), blocks = ceil_div(count, kThreads);
+  return launch(check, static_cast<unsigned>(blocks < 1024 ? blocks : 1024), kThreads, 0, stream, target.as<int64_t>(),
+                count, classes, ignore_index, index_error());
 }
 
 }  // namespace cuda

@@ -42,6 +42,7 @@ using Settings = std::array<double, 8>;  // of an optimizer: four numbers for a 
   K(cross_entropy_backward, (View grad_input, View grad_loss, View grad_lse, View input, View target, View weight,     \
                              View weight_sum, View stats, View total, int reduction, int64_t ignore_index,             \
                              double label_smoothing, double z_loss, double softcap, Stream stream))                    \
+  K(check_labels, (View target, int64_t classes, int64_t ignore_index, Stream stream))                                 \
   K(embedding_dot, (View out, View user, View item, View user_weight, View item_weight, View user_bias,                \
                     View item_bias, Stream stream))                                                                    \
   K(embedding_dot_keys, (View keys, View ids, int64_t rows, int64_t padding, Stream stream))                           \

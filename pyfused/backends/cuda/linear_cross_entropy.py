@@ -1,5 +1,6 @@
 """linear_cross_entropy on CUDA: cuBLAS for the products, cross_entropy's kernels on chunks of logits between."""
 
+from ... import _C
 from ...dispatch import kernel
 from ...ops import linear_cross_entropy as op
 
@@ -16,8 +17,12 @@ def _chunk(input, linear_weight):
 
 
 @kernel("linear_cross_entropy", "cuda")
-def forward(input, linear_weight, *rest):
-    return op.run_forward(_chunk(input, linear_weight), input, linear_weight, *rest)
+def forward(input, linear_weight, linear_bias, target, *rest):
+    chunk = _chunk(input, linear_weight)
+    if len(chunk) < len(input) and not target.is_floating_point():
+        # Before the chunks, in which a bad label would be reported by its place in the chunk.
+        _C.cuda_check_labels(target.contiguous(), len(linear_weight), rest[3])
+    return op.run_forward(chunk, input, linear_weight, linear_bias, target, *rest)
 
 
 @kernel("linear_cross_entropy_backward", "cuda")
