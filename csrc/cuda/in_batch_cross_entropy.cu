@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) forward(Pairs<T> p, const float* off
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (most[h] > top[h]) {
-        if (top[h] > -INFINITY) others[h] *= exp_of<T>(top[h] - most[h]);
+        others[h] *= exp_of<T>(top[h] - most[h]);
         top[h] = most[h];
       }
       base[h] = top[h] > -INFINITY ? top[h] : 0;  // nothing but -inf so far: exp(-inf) instead of exp(NaN)
@@ -82,10 +82,7 @@ __global__ void __launch_bounds__(kBlock)
   const float own = parts[2 * int64_t(splits) * count + b];
   float top = fmaxf(own, -INFINITY), others = 0;
   for (int64_t i = 0; i < splits; ++i) top = fmaxf(top, parts[2 * i * count + b]);
-  for (int64_t i = 0; i < splits; ++i) {
-    const float most = parts[2 * i * count + b], sum = parts[(2 * i + 1) * count + b];
-    others += most > -INFINITY ? sum * exp(most - top) : sum;
-  }
+  for (int64_t i = 0; i < splits; ++i) others += parts[(2 * i + 1) * count + b] * exp(parts[2 * i * count + b] - top);
   const float at_own = exp(own - top), all = others + at_own;
   // S - 1, which is exactly the sum of the others where the own score is the maximum
   loss[b] = top - own + log1p(others + (at_own - 1));
