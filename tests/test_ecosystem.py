@@ -152,7 +152,13 @@ def test_meta_and_fake_tensors(op):
         assert (out.shape, out.dtype, out.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
-def test_meta_tensors_of_losses_and_embeddings():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_meta_tensors_of_losses_and_embeddings(autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        meta_tensors_of_losses_and_embeddings()
+
+
+def meta_tensors_of_losses_and_embeddings():
     logits, labels, rows, head, ids, table = (t.to("meta") for t in (LOGITS, LABELS, ROWS, HEAD, USER, TABLE))
     for out, shape in (
         (PF.cross_entropy(logits, labels), ()),
