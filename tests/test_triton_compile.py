@@ -136,3 +136,8 @@ def test_addresses_are_computed_in_64_bits(kernels):
     for k in kernels:
         found.setdefault(k["file"], set()).update(k["narrow"])
     assert {file: products for file, products in found.items() if products} == NARROW
+
+
+def test_atomics_only_note_errors(kernels):
+    """The same bits every time: nothing is added up in the order in which programs happen to come."""
+    assert {x for k in kernels for x in k["atomics"]} == {"max"}

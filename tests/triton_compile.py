@@ -145,10 +145,11 @@ def narrow_products(ttir: str) -> list[str]:
 
 
 def describe(kernel) -> dict:
-    """Of a compiled kernel: registers, bytes spilled, bytes of shared memory, the kinds of its global accesses, and the
-    products of 32 bits in its addresses."""
+    """Of a compiled kernel: registers, bytes spilled, bytes of shared memory, the kinds of its global accesses, the
+    products of 32 bits in its addresses, and what it does by atomics."""
     found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     found["narrow"] = narrow_products(kernel.asm["ttir"])
+    found["atomics"] = sorted(set(re.findall(r"tt\.atomic_\w+ (\w+)", kernel.asm["ttir"])))
     if "ptx" in kernel.asm:
         usage = tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
         registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
