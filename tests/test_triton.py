@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 # Some of what is no case: NaN and infinities, ties, some gradients only, a setting or two of each optimizer.
 MORE = [
     "test_cross_entropy.py",
+    "test_triton_tiles.py",
     "test_conv2d_relu.py::test_ties_after_rounding",
     "test_conv2d_relu.py::test_special_values",
     "test_conv2d_relu.py::test_every_subset_of_gradients[triton-direct-conv2d_relu_max_pool2d]",
