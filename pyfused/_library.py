@@ -133,6 +133,12 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of x: meta, which has none, may not be asked."""
+    device = x.device.type
+    return torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record: an autograd.Function that records nothing costs 4 us."""
     if torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import pyfused.__main__ as cli
 from pyfused import _binary, checkpoint, dispatch, functional
 from pyfused import check as conformance
-from pyfused.demo import EPOCHS
+from pyfused.demo import EPOCHS, time_kernels
 from pyfused.models import MnistCNN
 from pyfused.tasks import TASKS
 from pyfused.tasks.ranking import SPLITS
@@ -195,6 +195,15 @@ def test_the_models_of_the_command_line_are_the_tasks():
     assert [mode.value for mode in cli.Mode] == list(MODES)
     assert [precision.value for precision in cli.Precision] == list(PRECISIONS)
     assert [split.value for split in cli.Split] == list(SPLITS)
+
+
+def test_without_the_benchmark_the_command_line_says_where_it_is(tmp_path, monkeypatch):
+    """In a checkout pyfused.bench is not importable."""
+    for name in ("pyfused.bench", "pyfused.bench.__main__"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "python -m bench" in invoke("bench", status=1)
+    time_kernels(tmp_path, 1, cli.console)
+    assert not list(tmp_path.iterdir())
 
 
 def test_demo(folder, tmp_path, monkeypatch):  # noqa: F811

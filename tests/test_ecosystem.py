@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, loss_of
+from architectures import ARCHITECTURES, LanguageModel, loss_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +19,7 @@ import pyfused
 import pyfused.functional as PF
 import pyfused.nn as pnn
 from pyfused.fusion import measure
+from pyfused.fusion.put_off import PutOff
 
 G = torch.Generator().manual_seed(0)
 X, W, B = torch.randn(2, 3, 9, 9, generator=G), torch.randn(4, 3, 3, 3, generator=G), torch.randn(4, generator=G)
@@ -151,7 +152,13 @@ def test_meta_and_fake_tensors(op):
         assert (out.shape, out.dtype, out.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
-def test_meta_tensors_of_losses_and_embeddings():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_meta_tensors_of_losses_and_embeddings(autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        meta_tensors_of_losses_and_embeddings()
+
+
+def meta_tensors_of_losses_and_embeddings():
     logits, labels, rows, head, ids, table = (t.to("meta") for t in (LOGITS, LABELS, ROWS, HEAD, USER, TABLE))
     for out, shape in (
         (PF.cross_entropy(logits, labels), ()),
@@ -337,24 +344,32 @@ def test_fused_takes_tensor_subclasses(fused_vgg):
 
 
 # --- Two processes
-def _worker(rank, world, address, kind, fused, results):
+def _worker(rank, world, address, results, find, *args):
+    """Saves what find(rank, world, *args) gives in the first process."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
+    measure.seconds = lambda eager, fused: [2.0, 1.0]  # in a process of its own: as the fixture fused_wins
+    measure.cache_file = lambda: Path(f"{address}.none") / "none"
     try:
-        torch.manual_seed(0)
-        if fused:  # in a process of its own: as the fixture fused_wins
-            measure.seconds = lambda eager, fused: [2.0, 1.0]
-            measure.cache_file = lambda: Path(f"{address}.none") / "none"
-        grads = _wrapped_gradients(rank, world, kind, fused)
+        found = find(rank, world, *args)
         if rank == 0:
-            torch.save(grads, results)
+            torch.save(found, results)
     finally:
         gc.collect()  # a wrapper that outlives its group now and then waits for the group's thread, which waits for it
         dist.destroy_process_group()
 
 
+def two_processes(folder, find, *args):
+    """What find(rank, 2, *args) gives in the first of two."""
+    torch.multiprocessing.spawn(
+        _worker, (2, str(folder / "rendezvous"), str(folder / "found"), find, *args), nprocs=2, join=True
+    )
+    return torch.load(folder / "found")
+
+
 def _wrapped_gradients(rank, world, kind, fused):
+    torch.manual_seed(0)
     model = _fused_model() if fused else Layers()
     example = tuple(t[rank : rank + 1] for t in (_vgg_example() if fused else EXAMPLE))
     if kind == "ddp":
@@ -364,7 +379,11 @@ def _wrapped_gradients(rank, world, kind, fused):
 
         wrapped = fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
     loss_of(wrapped(*example)).backward()
-    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in wrapped.parameters()]
+    return _whole_gradients(wrapped)
+
+
+def _whole_gradients(model):
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
 
 
 def _vgg_example():
@@ -382,14 +401,80 @@ def _fused_model():
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes(kind, fused, tmp_path):
     """Gradients are the mean of what each process finds for its part of the batch."""
-    results = tmp_path / "grads"
-    torch.multiprocessing.spawn(
-        _worker, (2, str(tmp_path / "rendezvous"), kind, fused, str(results)), nprocs=2, join=True
-    )
+    got = two_processes(tmp_path, _wrapped_gradients, kind, fused)
     torch.manual_seed(0)
     model, example = (ARCHITECTURES[1].make(), _vgg_example()) if fused else (Layers(), EXAMPLE)
     parts = [
         torch.autograd.grad(loss_of(model(*(t[r : r + 1] for t in example))), list(model.parameters()))
         for r in range(2)
     ]
-    same(torch.load(results), [(a + b) / 2 for a, b in zip(*parts)])
+    same(got, [(a + b) / 2 for a, b in zip(*parts)])
+
+
+def ddp(**options):
+    return lambda model: nn.parallel.DistributedDataParallel(model, **options)
+
+
+def fsdp(*units, **options):
+    def wrap(model):
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        for unit in units:
+            fully_shard(getattr(model, unit), mesh=mesh)
+        return fully_shard(model, mesh=mesh, **options)
+
+    return wrap
+
+
+# How a model with a fused head is wrapped, and whether its logits are still put off.
+WRAPPERS = {
+    "ddp": (ddp(), True),
+    "ddp that looks for unused parameters": (ddp(find_unused_parameters=True), False),
+    "ddp of a static graph": (ddp(static_graph=True), False),
+    "fsdp2": (fsdp(), True),
+    "fsdp2, other units": (fsdp("embedding", "body"), True),
+    "fsdp2, the head a unit": (fsdp("head"), False),
+    "fsdp2, weights freed after forward": (fsdp(reshard_after_forward=True), False),
+}
+TOKENS = torch.randint(40, (4, 7), generator=G)
+
+
+def head_loss(out, read):
+    return out["loss"] + out["logits"].square().mean() if read else out["loss"]
+
+
+def _wrapped_heads(rank, world):
+    """By (wrapper, whether the logits are read, too): whether the head's logits are put off, and the gradients."""
+    found = {}
+    for name, (wrap, _) in WRAPPERS.items():
+        torch.manual_seed(0)
+        model = LanguageModel()
+        pyfused.fuse(model, (TOKENS, TOKENS), verbose=False)
+        wrapped, part = wrap(model), TOKENS[2 * rank : 2 * rank + 2]
+        for read in (True, False):
+            wrapped.zero_grad()
+            out = wrapped(part, part)
+            put_off = isinstance(out["logits"], PutOff) and out["logits"].value is None
+            head_loss(out, read).backward()
+            found[name, read] = put_off, _whole_gradients(wrapped)
+        if name == "fsdp2":
+            with pytest.raises(RuntimeError, match="were put off, and what they are computed from has changed"):
+                out["logits"].sum()  # backward has freed the weights
+        del out, wrapped, model
+        gc.collect()
+    return found
+
+
+def test_heads_in_two_processes(tmp_path):
+    """Put off or, where a wrapper needs the logits, not: the gradients are the same."""
+    got = two_processes(tmp_path, _wrapped_heads)
+    torch.manual_seed(0)
+    model = LanguageModel()
+    for (name, read), (put_off, grads) in got.items():
+        assert put_off == WRAPPERS[name][1], name
+        parts = []
+        for part in TOKENS.split(2):
+            parts.append(torch.autograd.grad(head_loss(model(part, part), read), list(model.parameters())))
+        same(grads, [(a + b) / 2 for a, b in zip(*parts)], rtol=1e-4, atol=1e-6)
+    assert len(got) == 2 * len(WRAPPERS)

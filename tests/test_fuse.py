@@ -431,6 +431,29 @@ def test_other_shapes_of_embeddings_are_as_eager():
     torch.testing.assert_close(model(user[:1], item), plain(user[:1], item))
 
 
+class Projection(nn.Module):
+    """A residual block whose shortcut is a convolution, too; Identity where others have dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.shortcut = (nn.Sequential(conv(), nn.BatchNorm2d(4), nn.Identity()) for _ in range(2))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def test_of_two_convolutions_that_are_added_one_has_the_addition():
+    torch.manual_seed(0)
+    model, x = Projection().eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    fused(model, x, mode="inference")
+    found = rows(model)
+    assert found["body.0"].pattern == "conv2d + batch_norm + add + relu"
+    assert found["shortcut.0"].pattern == "conv2d + batch_norm" and found["shortcut.0"].fused
+    assert is_documented(found["shortcut.0"].note)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_folded_batch_norm_follows_its_tensors():
     torch.manual_seed(0)
     model = nn.Sequential(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()

@@ -9,11 +9,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 TESTS = Path(__file__).parent
 # Some of what is no case: NaN and infinities, ties, some gradients only, a setting or two of each optimizer.
 MORE = [
     "test_cross_entropy.py",
+    "test_triton_tiles.py",
     "test_conv2d_relu.py::test_ties_after_rounding",
     "test_conv2d_relu.py::test_special_values",
     "test_conv2d_relu.py::test_every_subset_of_gradients[triton-direct-conv2d_relu_max_pool2d]",
@@ -41,3 +43,29 @@ def test_case_table_in_the_interpreter():
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = int(run.stdout.rsplit(" passed", 1)[0].split()[-1])
     assert passed > 250  # the trimmed set did run
+
+
+def test_autotuning_measures_once_and_only_when_asked(monkeypatch):
+    pytest.importorskip("triton")
+    from pyfused.backends.triton import common
+
+    runs, capturing = [], False
+    monkeypatch.setattr(common.triton.testing, "do_bench", lambda run, **options: run())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(common, "_chosen", {})
+
+    def run(seconds):
+        runs.append(seconds)
+        return seconds
+
+    monkeypatch.setattr(common, "AUTOTUNE", False)
+    assert common.choose("a", [3, 1, 2], run) == 3 and not runs
+    monkeypatch.setattr(common, "AUTOTUNE", True)
+    capturing = True
+    assert common.choose("a", [3, 1, 2], run) == 3 and not runs  # a rule of thumb within a CUDA graph
+    capturing = False
+    assert common.choose("a", [3, 1, 2], None) == 3 and not runs  # what must not run twice is not measured
+    assert common.choose("a", [3, 1, 2], run) == 1 and runs == [3, 1, 2]
+    assert common.choose("a", [3, 1, 2], run) == 1 == common.choose("a", [3, 1, 2], None) and len(runs) == 3
+    assert common.choose("b", [2, 3], run) == 2 and len(runs) == 5  # another key
+    assert common.choose("c", [2], run) == 2 and len(runs) == 5  # nothing to choose

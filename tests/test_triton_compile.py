@@ -116,3 +116,28 @@ def test_streaming_kernels_leave_room_for_enough_threads(kernels):
     for k in kernels:
         if k["file"] == "cross_entropy" and k["setting"].startswith("(64, 32768)") and k["target"] != "gfx942":
             assert k["registers"] <= 96, f"{name(k)}: {k['registers']} registers"
+
+
+NARROW = {  # products in 32 bits, and why that is enough
+    "cross_entropy": {"classes * constant", "constant * remsi"},  # a class: `cannot` limits how many there are
+    "in_batch_cross_entropy": {"constant * program x", "constant * program y"},  # a position in the batch
+    "conv2d": {
+        *("remsi * stride", "constant * remsi"),  # a row or column of a map, or a channel
+        *("constant * program y", "constant * step", "constant * divsi"),  # a channel
+        *("channels * taps", "channels * divsi", "divsi * taps"),  # within the weights of one output
+        *("addi * kernel_columns", "divsi * tap_step", "remsi * tap_step"),  # within a window
+    },
+}
+
+
+def test_addresses_are_computed_in_64_bits(kernels):
+    """No distance between elements and no count of rows is multiplied in 32 bits, which 2^31 elements overflow."""
+    found = {}
+    for k in kernels:
+        found.setdefault(k["file"], set()).update(k["narrow"])
+    assert {file: products for file, products in found.items() if products} == NARROW
+
+
+def test_atomics_only_note_errors(kernels):
+    """The same bits every time: nothing is added up in the order in which programs happen to come."""
+    assert {x for k in kernels for x in k["atomics"]} == {"max"}

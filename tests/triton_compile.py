@@ -69,7 +69,7 @@ def settings(full: bool):
     yield "soft bf16", "cross_entropy", soft, ("input",)
     for dim, dtype, sparse in ((64, F32, False), (128, BF16, True), (33, F16, True), (16, F64, False)):
         tables = {name: torch.empty(4096, dim, dtype=dtype) for name in ("user_weight", "item_weight")}
-        ids = {name: torch.zeros(2048, dtype=torch.int64) for name in ("user", "item")}
+        ids = {name: torch.zeros(2048, dtype=torch.int32 if sparse else torch.int64) for name in ("user", "item")}
         yield f"{dim} {dtype}", "embedding_dot", {**ids, **tables, "sparse": sparse}, tuple(tables)
     yield "512 float64", "in_batch_cross_entropy", {**ids, **tables}, tuple(tables)
     for name, dim, dtype in (("SGD", 64, F32), ("Adagrad", 128, F16), ("RowwiseAdagrad", 512, BF16), ("Adam", 64, F32)):
@@ -117,9 +117,39 @@ def tool(name: str, data: bytes, *options: str) -> str:
         return subprocess.run([TOOLS / name, *options, file.name], check=True, capture_output=True, text=True).stdout
 
 
+def narrow_products(ttir: str) -> list[str]:
+    """The products of 32 bits that go into addresses, by their operands: arguments' names, or what they come from."""
+    lines = (line.partition(" loc(")[0] for line in ttir.splitlines())
+    made = {m[1]: m[2] for m in (re.match(r"\s*(%\w+)(?::\d+)? = (.*)", line) for line in lines) if m}
+    inputs = {value: re.findall(r"%\w+", text.partition(" : ")[0]) for value, text in made.items()}
+
+    def origin(value):
+        kind = made[value].split()[0] if value in made else ""
+        if kind in ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape"):
+            return origin(inputs[value][0])
+        if kind == "tt.get_program_id":
+            return "program " + made[value].split()[1]
+        return kind.removeprefix("arith.") or re.sub(r"_\d+$", "", value[1:])
+
+    found, seen = set(), set()
+    look_at = [inputs[value][1] for value, text in made.items() if text.startswith("tt.addptr")]
+    while look_at:
+        value = look_at.pop()
+        if value in seen or value not in made or made[value].startswith("tt.load"):
+            continue
+        seen.add(value)
+        look_at += inputs[value]
+        if re.match(r"arith\.muli .* : (tensor<\d[\dx]*x)?i32\b", made[value]):
+            found.add(" * ".join(sorted(map(origin, inputs[value]))))
+    return sorted(found)
+
+
 def describe(kernel) -> dict:
-    """Of a compiled kernel: registers, bytes spilled, bytes of shared memory, and the kinds of its global accesses."""
+    """Of a compiled kernel: registers, bytes spilled, bytes of shared memory, the kinds of its global accesses, the
+    products of 32 bits in its addresses, and what it does by atomics."""
     found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    found["narrow"] = narrow_products(kernel.asm["ttir"])
+    found["atomics"] = sorted(set(re.findall(r"tt\.atomic_\w+ (\w+)", kernel.asm["ttir"])))
     if "ptx" in kernel.asm:
         usage = tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
         registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()

@@ -17,39 +17,44 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import functional
 from ..ops import conv2d_relu as conv_op
 from ..ops import conv_act
-from .graph import ACTIVATIONS, Call, Match, Refusal, call_of, only_user, why_not, writes_between
+from .graph import ACTIVATIONS, Call, Match, Refusal, call_of, calls_of, only_user, why_not, writes_between
 
 _POOL_PROBLEMS = {"padding": (0, (0, 0), [0, 0]), "dilation": (1, (1, 1), [1, 1]), "ceil_mode": (False,)}
 
 
 def find(graph: fx.Graph, root: nn.Module) -> Iterator[Match | Refusal]:
+    taken = set()  # nodes of matches: of two convolutions that are added, the first has the addition
     for node in graph.nodes:
         call = call_of(node, root)
         if call is not None and call.name in ("conv1d", "conv2d"):
-            yield _match(node, call, root)
+            found = _match(node, call, root, taken)
+            taken |= set(found.nodes) if isinstance(found, Match) else set()
+            yield found
 
 
-def _match(node: fx.Node, conv: Call, root: nn.Module) -> Match | Refusal:
+def _match(node: fx.Node, conv: Call, root: nn.Module, taken: set) -> Match | Refusal:
     place, pattern = conv.module or node.name, f"{conv.name} + activation"
     chain, calls, problem = [node], [conv], _module_problem(conv, root)
     if conv["padding_mode"] != "zeros":
         problem = f"padding_mode is {conv['padding_mode']!r}; the kernels pad with zeros"
     while problem is None:
         following = only_user(chain[-1])
-        call = None if following is None else call_of(following, root)
-        if call is None or not _joins(call, chain[-1], following, calls):
+        more = [] if following is None else calls_of(following, root)
+        if not more or not all(_joins(c, chain[-1], following, calls + more[:i]) for i, c in enumerate(more)):
             break
-        problem = _module_problem(call, root) or _problem(call)
+        problem = next(filter(None, (_module_problem(c, root) or _problem(c) for c in more)), None)
+        if following in taken:
+            problem = "what follows is fused with the convolution that it is added to"
         if problem is None:
-            chain.append(following)
-            calls.append(call)
+            chain += [following] * len(more)
+            calls += more
     if not ACTIVATIONS & {c.name for c in calls}:
         follows = _describe(only_user(chain[-1]), chain[-1], root)
-        if calls[-1].name in _NAMES:
-            problem = problem or f"{_NAMES[calls[-1].name]} follows, and then {follows}"
-        kept = 1 + (len(calls) > 1 and calls[1].name == "batch_norm")
+        kept = next((i for i, c in enumerate(calls) if c.name in _NAMES), len(calls))
+        if kept < len(calls):
+            problem = problem or f"{_NAMES[calls[kept].name]} follows, and then {follows}"
         chain, calls = chain[:kept], calls[:kept]
-        if kept == 1:
+        if "batch_norm" not in {c.name for c in calls}:
             return Refusal(pattern, place, problem or follows)
     if writing := writes_between(chain, root):
         return Refusal(pattern, place, f"{writing.name}, which runs between its parts, may write to a tensor")
@@ -61,12 +66,14 @@ _NAMES = {"max_pool2d": "MaxPool2d", "add": "an addition"}
 
 def _joins(call: Call, last: fx.Node, node: fx.Node, calls: list[Call]) -> bool:
     """Whether the call that `node` makes continues `calls`, whose result is `last`."""
-    names = {c.name for c in calls}
+    names = {c.name for c in calls} - {"identity"}
     activated = names & ACTIVATIONS
     if call.name == "add":
         return not activated and not names & {"add", "max_pool2d"} and _residual(call, last, node) is not None
     if call.arguments.get("input") is not last:
         return False
+    if call.name == "identity":
+        return True
     if call.name == "batch_norm":
         return names == {"conv2d"}
     if call.name == "max_pool2d":
@@ -118,6 +125,7 @@ def _describe(following: fx.Node | None, node: fx.Node, root: nn.Module) -> str:
 
 
 def _build(chain: list, calls: list[Call], place: str, note: str) -> Match:
+    """chain: for each of the calls its node."""
     conv, by_name = calls[0], {c.name: c for c in calls}
     norm, pool, add = (by_name.get(name) for name in ("batch_norm", "max_pool2d", "add"))
     activation = next((c for c in calls if c.name in ACTIVATIONS), None)
@@ -142,7 +150,8 @@ def _build(chain: list, calls: list[Call], place: str, note: str) -> Match:
         kwargs |= {"gamma": norm["weight"], "beta": norm["bias"]}
     modules = tuple(c.module for c in calls if c.module is not None)
     evals = (norm.module,) if norm and norm.module else ()
-    return Match(" + ".join(c.name for c in calls), tuple(chain), function, args, kwargs, place, modules, evals, note)
+    pattern = " + ".join(c.name for c in calls if c.name != "identity")
+    return Match(pattern, tuple(dict.fromkeys(chain)), function, args, kwargs, place, modules, evals, note)
 
 
 def activation_of(call: Call) -> dict:

@@ -94,6 +94,7 @@ _SIGNATURES = {
     "mul": dict(input=REQUIRED, other=REQUIRED),
     "add": dict(input=REQUIRED, other=REQUIRED, alpha=1),
     "sum": dict(input=REQUIRED, dim=None, keepdim=False, dtype=None),
+    "identity": dict(input=REQUIRED),
     "squeeze": dict(input=REQUIRED, dim=None),
     "unsqueeze": dict(input=REQUIRED, dim=REQUIRED),
 }  # fmt: skip
@@ -118,7 +119,7 @@ _MODULES = {
     nn.BatchNorm2d: ("batch_norm", "running_mean running_var weight bias momentum eps"),
     nn.ReLU: ("relu", "inplace"), nn.ReLU6: ("relu6", "inplace"), nn.SiLU: ("silu", "inplace"),
     nn.Hardswish: ("hardswish", "inplace"), nn.LeakyReLU: ("leaky_relu", "negative_slope inplace"),
-    nn.GELU: ("gelu", "approximate"),
+    nn.GELU: ("gelu", "approximate"), nn.Identity: ("identity", ""),
     nn.MaxPool2d: ("max_pool2d", "kernel_size stride padding dilation ceil_mode return_indices"),
     nn.Linear: ("linear", "weight bias"),
     nn.Embedding: ("embedding", "weight padding_idx max_norm norm_type scale_grad_by_freq sparse"),
@@ -127,11 +128,23 @@ ACTIVATIONS = {"relu", "relu6", "silu", "hardswish", "leaky_relu", "gelu"}
 
 
 def call_of(node: fx.Node, root: nn.Module) -> Call | None:
-    """What `node` calls, if the patterns know it."""
+    """The one call that `node` makes, if the patterns know it."""
+    calls = calls_of(node, root)
+    return calls[0] if len(calls) == 1 else None
+
+
+def calls_of(node: fx.Node, root: nn.Module) -> list[Call]:
+    """What `node` calls, one after the other, each with the input of the first; [] if the patterns do not know it."""
     if node.op == "call_module":
-        return _module_call(node, root.get_submodule(node.target))
-    names = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
-    return bound(names.get(node.target), node.args, node.kwargs)
+        given = node.args[0] if node.args else node.kwargs.get("input")
+        paths = [node.target]
+        if _is_norm_and_more(root.get_submodule(node.target)):
+            paths += [f"{node.target}.drop", f"{node.target}.act"]
+        calls = [_module_call(path, root.get_submodule(path), given) for path in paths]
+    else:
+        names = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
+        calls = [bound(names.get(node.target), node.args, node.kwargs)]
+    return [] if None in calls else calls
 
 
 def name_of(function: Callable) -> str | None:
@@ -152,21 +165,25 @@ def bound(name: str | None, args: tuple, kwargs: dict) -> Call | None:
     return None if any(x is REQUIRED for x in arguments.values()) else Call(name, arguments)
 
 
-def _module_call(node: fx.Node, module: nn.Module) -> Call | None:
+def _module_call(path: str, module: nn.Module, given) -> Call | None:
     kind = next((kind for kind in _MODULES if isinstance(module, kind)), None)
-    given = node.args[0] if node.args else node.kwargs.get("input")
     if kind is None:
         call = _only_call(module)
-        return call and Call(call.name, call.arguments | {"input": given}, node.target)
+        return call and Call(call.name, call.arguments | {"input": given}, path)
     name, attributes = _MODULES[kind]
     arguments = dict(_SIGNATURES[name])
     arguments["input"] = given
     for attribute in attributes.split():
         value = getattr(module, attribute)
-        arguments[attribute] = Attr(f"{node.target}.{attribute}") if isinstance(value, torch.Tensor) else value
+        arguments[attribute] = Attr(f"{path}.{attribute}") if isinstance(value, torch.Tensor) else value
     if kind is nn.BatchNorm2d:
         arguments["training"] = module.training or module.running_mean is None
-    return Call(name, arguments, node.target)
+    return Call(name, arguments, path)
+
+
+def _is_norm_and_more(module: nn.Module) -> bool:
+    """Whether this is timm's BatchNorm2d that goes on with its children `drop` and `act`."""
+    return type(module).__name__ == "BatchNormAct2d" and type(module).__module__.startswith("timm.")
 
 
 def _only_call(module: nn.Module) -> Call | None:
@@ -193,7 +210,7 @@ def why_not(module: nn.Module) -> str | None:
     kind = next((kind for kind in _MODULES if isinstance(module, kind)), type(module))
     if torch.nn.utils.parametrize.is_parametrized(module):
         return f"the {kind.__name__} is parametrised"
-    if type(module) is not kind:
+    if type(module) is not kind and not _is_norm_and_more(module):
         return f"{type(module).__name__} is a subclass of {kind.__name__}, whose forward may do something else"
     if hooked(module):
         return f"the {kind.__name__} has hooks (weight_norm and spectral_norm are such), which would not run"

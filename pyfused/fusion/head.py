@@ -175,6 +175,7 @@ def _loss(
         **{"ignore_index": None if target.is_floating_point() else ignore_index, "softcap": input.cap or None},
     }
     widened = input.dtype == torch.float32 and input.rows.dtype in (torch.bfloat16, torch.float16)
+    input.check_sources()
     input.tell((given, options, widened), "cross_entropy")
     enabled, dtype = input.origin.autocast
     if enabled and not widened:

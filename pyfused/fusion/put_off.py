@@ -6,18 +6,26 @@ along.
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .._library import is_transformed
 
-# What the shape, dtype and device of a tensor answer.
+# What the shape, dtype and device of a tensor answer; and that it is no view.
 _METADATA = {
-    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "_base")
+    ),
     *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "nelement", "is_floating_point", "__len__")),
 }
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__
 _recorders: list[list] = []  # of `fates`: what became of each
 
 
@@ -26,7 +34,8 @@ class PutOff(torch.Tensor):
 
     origin: the one that a module returned; this one comes from it. sources: the tensors it is computed from, of which
     the last but one is the module's weight. value: the tensor itself, once computed. seen: whether any of the same
-    origin has been; then the values are the truth, to which somebody may write.
+    origin has been; then the values are the truth, to which somebody may write. absorbed: whether any of the same
+    origin has been; then hooks wait until somebody computes the value, for no gradient comes to it before.
 
     A subclass has absorb(function, *args, **kwargs), the result of a call without the value, or None; and make(), the
     value.
@@ -36,9 +45,11 @@ class PutOff(torch.Tensor):
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, sources: tuple, origin: PutOff | None = None):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=sources[0].device)
         self.sources, self.origin, self.value = sources, self if origin is None else origin, None
+        self.hooks = OrderedDict()
         if origin is None:
             device = sources[0].device.type
-            self.seen, self.versions, self.grad_mode = False, _versions(sources), torch.is_grad_enabled()
+            self.seen, self.absorbed, self.versions = False, False, _versions(sources)
+            self.grad_mode = torch.is_grad_enabled()
             self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return self
 
@@ -49,7 +60,7 @@ class PutOff(torch.Tensor):
             if function in _METADATA:
                 return function(*args, **kwargs)
             if args and isinstance(args[0], PutOff) and not args[0].origin.seen:
-                result = args[0].absorb(function, *args[1:], **kwargs)
+                result = args[0].without_value(function, *args[1:], **kwargs)
                 if result is not None:
                     return result
         if _recorders:
@@ -58,6 +69,18 @@ class PutOff(torch.Tensor):
                     x.tell(None, getattr(function, "__name__", str(function)))
         args, kwargs = torch.utils._pytree.tree_map_only(PutOff, PutOff.compute, (args, kwargs))
         return function(*args, **kwargs)
+
+    def without_value(self, function, *args, **kwargs):
+        """The result of a call that does not need the value; None if it does."""
+        if function == _REQUIRES_GRAD:
+            return self.origin.grad_mode and any(x is not None and x.requires_grad for x in self.sources)
+        if function is torch.Tensor.register_hook and self.origin.absorbed:
+            handle = RemovableHandle(self.hooks)
+            self.hooks[handle.id] = args[0]
+            return handle
+        result = self.absorb(function, *args, **kwargs)
+        self.origin.absorbed |= not (result is None or isinstance(result, PutOff))
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -73,10 +96,12 @@ class PutOff(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if self.value is None:
                 self.value = self.make()
+                for hook in self.hooks.values():
+                    self.value.register_hook(hook)
             return self.value
 
     def check_sources(self) -> None:
-        if self.versions != _versions(self.sources):
+        if self.origin.versions != _versions(self.origin.sources):
             raise RuntimeError(
                 "pyfused: these values were put off, and what they are computed from has changed since. Read them "
                 "before (a head's logits before the optimizer's step), or call pyfused.unfuse(model)"
@@ -93,14 +118,44 @@ class PutOff(torch.Tensor):
             yield
 
 
-def _versions(tensors: Sequence[torch.Tensor | None]) -> list[int | None]:
-    return [None if x is None or x.is_inference() else x._version for x in tensors]
+def _versions(tensors: Sequence[torch.Tensor | None]) -> list:
+    """Differs when one of them has been written to or freed, as fully_shard frees weights."""
+    known = [x for x in tensors if x is not None and not x.is_inference()]
+    return [(x._version, x.untyped_storage().nbytes()) for x in known]
 
 
 def can_be_put_off(*tensors: torch.Tensor | None) -> bool:
     """Whether these are plain tensors, and calls are plain calls."""
     plain = all(x is None or type(x) in (torch.Tensor, nn.Parameter) for x in tensors)
-    return plain and not torch.compiler.is_compiling() and not is_transformed()
+    return plain and not torch.compiler.is_compiling() and not is_transformed() and not _wrapper_needs_values()
+
+
+def _wrapper_needs_values() -> bool:
+    """Whether a wrapper around what is running cannot have its outputs put off.
+
+    fully_shard frees a unit's weights behind its forward, unless it is told not to or the unit is the outermost.
+    DistributedDataParallel, where it looks for unused parameters or takes the graph to be static, hands outputs to an
+    autograd.Function, which __torch_function__ does not see. Wrappers come after `fuse`, so they are found where they
+    are: among the callers.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    frame, unit = sys._getframe(), None
+    while (frame := frame.f_back) is not None:
+        if frame.f_code is not nn.Module._call_impl.__code__:
+            continue
+        module = frame.f_locals["self"]
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            if module.find_unused_parameters or module.static_graph:
+                return True
+        elif isinstance(module, FSDPModule) and unit is None:
+            unit = module
+            groups = getattr(unit._get_fsdp_state(), "_fsdp_param_groups", [None])
+            if any(getattr(group, "_reshard_after_forward", True) for group in groups):
+                return True
+    return False
 
 
 def computed_dtype(x: torch.Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
-from .._library import by_signature, define, differentiable_grads, is_transformed, needs_grad, reject
+from .._library import autocasts, by_signature, define, differentiable_grads, is_transformed, needs_grad, reject
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -205,12 +205,10 @@ def is_native(input, weight, bias) -> bool:
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in the dtype that autocast gives to a convolution; float64 stays, as there."""
-    if not torch._C._is_any_autocast_enabled():  # also spares devices that have no autocast the question
+    x = next((x for x in tensors if isinstance(x, torch.Tensor)), None)
+    if x is None or not autocasts(x):
         return tensors
-    device = next(x.device.type for x in tensors if isinstance(x, torch.Tensor))
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
         x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors

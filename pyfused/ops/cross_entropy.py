@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
-from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
+from .._library import autocasts, define, differentiable_grads, is_transformed, needs_grad, reject
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
@@ -237,7 +237,7 @@ def problem(input, target, weight, ignore_index, reduction, label_smoothing, sof
         return f"target must be int64 class indices of shape {rows}, got {target.dtype} {tuple(target.shape)}"
     if target.shape != rows:
         return f"target must have the shape {rows} (class indices) or {tuple(shape)}, got {tuple(target.shape)}"
-    if weight is not None and weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if weight is not None and weight.dtype != input.dtype and not autocasts(input):
         return f"weight must have the dtype of input, {input.dtype}, got {weight.dtype}"
     return None
 
@@ -359,7 +359,7 @@ def as_kernels_read(input, target, weight):
 
 
 def loss_dtype(input, target, weight) -> torch.dtype:
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+    if autocasts(input):
         return arithmetic_dtype(input)
     dtype = input.dtype
     for x in (target, weight):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
-from .._library import define, differentiable_grads, is_transformed, needs_grad, reject
+from .._library import autocasts, define, differentiable_grads, is_transformed, needs_grad, reject
 from . import embedding_dot as dot
 from . import linear_cross_entropy as linear
 from .cross_entropy import DTYPES, REDUCTIONS, arithmetic_dtype
@@ -301,6 +301,4 @@ def in_batch_cross_entropy(
         loss = _InBatchCrossEntropy.apply(*args, *options)
     else:
         loss = _forward(*args, [False] * 4, *options)[0]
-    device = user_weight.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return loss if autocast else loss.to(user_weight.dtype)
+    return loss if autocasts(user_weight) else loss.to(user_weight.dtype)

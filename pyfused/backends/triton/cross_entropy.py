@@ -130,13 +130,13 @@ def _forward_kernel(
 
     tl.store(stats + r, top, mask=ok)
     tl.store(stats + rows + r, all_, mask=ok)
-    tl.store(stats + 2 * rows + r, x, mask=ok)
+    tl.store(stats + rows + rows + r, x, mask=ok)  # 2 * rows may be more than 32 bits hold
     if lse is not None:
         tl.store(lse + r, row_lse, mask=ok)
     if loss is not None:
         tl.store(loss + r, row_loss, mask=ok)
-    tl.store(partial + 2 * pid, tl.sum(row_loss.to(tl.float64), 0))
-    tl.store(partial + 2 * pid + 1, tl.sum(w.to(tl.float64), 0))
+    tl.store(partial + 2 * pid.to(tl.int64), tl.sum(row_loss.to(tl.float64), 0))
+    tl.store(partial + 2 * pid.to(tl.int64) + 1, tl.sum(w.to(tl.float64), 0))
     if not SOFT:
         report_index_error(errors, TARGET, r, tl.load(target + r, mask=bad, other=0), classes, bad)
 
@@ -164,7 +164,7 @@ def _backward_kernel(
     w = _row_weight(weight, label, kept, SOFT, DTYPE)
     top = tl.load(stats + r, mask=ok, other=1.0)
     all_ = tl.load(stats + rows + r, mask=ok, other=1.0)
-    x = tl.load(stats + 2 * rows + r, mask=ok, other=1.0)
+    x = tl.load(stats + rows + rows + r, mask=ok, other=1.0)
     g = tl.load(grad_loss + r, mask=ok, other=0.0) if REDUCTION == NONE else tl.load(grad_loss)
     if REDUCTION == MEAN:
         g = g / tl.load(total)
