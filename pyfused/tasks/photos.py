@@ -94,9 +94,10 @@ class Photos(Task):
 
 
 class DeepPhotos(Photos):
-    """A deeper network on smaller images: more accurate on some hundred photos, in less time.
+    """A deeper network on smaller images, for some hundred photos: 77.2% in 5-fold on the food photos.
 
-    96 pixels in place of 64, and these channels in place of half as many, each took three folds from 78.1% to 79.7%.
+    On three folds of the split it was chosen on, 96 pixels in place of 64, and these channels in place of half as many,
+    each went from 78.1% to 79.7%, which is within the noise of 192 photos.
     """
 
     name, network = "photo-cnn", PhotoCNN
