@@ -49,6 +49,7 @@ STUDIES = [
     Study("small-cnn", SEEDS),
     Study("mnist-cnn", SEEDS, asked={"accuracy": 0.9925}, published={"the network's source": {"accuracy": 0.9882}}),
     Study("image-folder", FOLDS, {"augment": True}, {"accuracy": 0.80}),
+    Study("photo-cnn", FOLDS, {"augment": True}, {"accuracy": 0.80}),
     Study("dot-concat", FOLDS),
     Study("mf", FOLDS, {}, {"rmse": 0.91}, {"Surprise SVD": {"rmse": 0.934}, "Surprise SVD++": {"rmse": 0.919}}),
     Study(

@@ -28,7 +28,7 @@ from . import machine
 
 RESULTS = Path(__file__).parent / "results" / "training-cpu.csv"
 SETTING = ("date", "commit", "torch", "hardware", "isa", "threads", "malloc")
-EPOCHS = {"small-cnn": 11, "mnist-cnn": 2, "image-folder": 2, "gpt": 2}
+EPOCHS = {"small-cnn": 11, "mnist-cnn": 2, "image-folder": 2, "photo-cnn": 4, "gpt": 2}
 EPOCHS |= {"dot-concat": 4, "mf": 11, "bpr": 4, "two-tower": 4}
 
 

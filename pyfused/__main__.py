@@ -37,6 +37,7 @@ class Model(str, Enum):
     small_cnn = "small-cnn"
     mnist_cnn = "mnist-cnn"
     image_folder = "image-folder"
+    photo_cnn = "photo-cnn"
     dot_concat = "dot-concat"
     mf = "mf"
     bpr = "bpr"
@@ -141,13 +142,13 @@ def train(
     step_in_backward: Annotated[
         bool, typer.Option("--step-in-backward", help="mf, bpr: pyfused.optim.Adam, no gradients of tables.")
     ] = False,
-    fold: Annotated[int | None, typer.Option(min=0, max=4, help="image-folder, mf, dot-concat: test fold.")] = None,
+    fold: Annotated[int | None, typer.Option(min=0, max=4, help="Photos, mf, dot-concat: test fold.")] = None,
     split: Annotated[Split | None, typer.Option(help="bpr, two-tower: what is held out.", show_default="last")] = None,
     known_negatives: Annotated[
         bool | None, typer.Option("--known-negatives", help="two-tower: also items that the user has seen.")
     ] = None,
-    augment: Annotated[bool | None, typer.Option("--augment", help="image-folder: crops, flips, mixup.")] = None,
-    skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="image-folder: skip unusable files.")] = None,
+    augment: Annotated[bool | None, typer.Option("--augment", help="Photos: crops, flips, mixtures.")] = None,
+    skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Photos: skip unusable files.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and decode.")] = 0,
     seed: Seed = 0,
@@ -160,7 +161,7 @@ def train(
 
     settings = {"fold": fold, "split": split and split.value, "augment": augment, "skip_bad": skip_bad}
     settings |= {"known_negatives": known_negatives}
-    settings |= {"workers": workers} if model is Model.image_folder else {}
+    settings |= {"workers": workers} if model in (Model.image_folder, Model.photo_cnn) else {}
     options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "mode": mode.value, "precision": precision.value}
     options |= {"channels_last": mode is Mode.fused if channels_last is None else channels_last, "device": device}
     options |= {"step_in_backward": step_in_backward, "workers": workers, "seed": seed}

@@ -209,6 +209,20 @@ def test_what_is_zero_but_for_rounding_is_measured_by_its_like():
     )
 
 
+def test_tensors_are_compared_piece_by_piece(monkeypatch):
+    """Wherever the pieces end: the same error, and infinite what is finite elsewhere."""
+    expected, off = torch.arange(10.0), torch.zeros(10)
+    expected[4], off[[2, 9]] = torch.inf, torch.tensor([3.0, 4.0])
+    error = 5 / expected[expected.isfinite()].norm().item()
+    elsewhere = torch.where(torch.arange(10) == 8, torch.nan, expected)
+    for piece in (1, 3, 10, 64):
+        monkeypatch.setattr(verify, "PIECE", piece)
+        found = verify.compare({"output 0": expected}, {"output 0": expected + off}, 1.0)
+        assert found[:2] == pytest.approx((error, error)) and found[2] == "output 0"
+        for wrong in (elsewhere, expected[:9]):
+            assert verify.compare({"output 0": expected}, {"output 0": wrong}, 1.0)[0] == float("inf")
+
+
 def test_gradients_may_take_other_branches_in_float32():
     before = {name: torch.ones(2, dtype=torch.float64) for name in ("output 0", "gradient of w")}
     for tolerance, allowed in ((1e-3, 1e-2), (1e-9, 1e-9), (1e-1, 1e-1)):

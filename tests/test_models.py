@@ -12,6 +12,7 @@ from pyfused.models import (
     ImageCNN,
     MatrixFactorization,
     MnistCNN,
+    PhotoCNN,
     SmallCNN,
     TwoTower,
     resnet18,
@@ -46,6 +47,10 @@ FOUND = {
         lambda: step(Classification, ImageCNN(5, 32), images(4, 3, 32, 32), 5),
         {"conv2d + relu + max_pool2d": 2, "conv2d + relu": 1, "cross_entropy": 1},
     ),
+    "photo-cnn": (
+        lambda: step(Classification, PhotoCNN(5), images(4, 3, 32, 32), 5),
+        {"conv2d + relu + max_pool2d": 5, "linear + cross_entropy": 1},
+    ),
     "factorisation": (
         lambda: (MatrixFactorization(20, 20, 8, user_bias=True, mean=3.0), (ids(9), ids(9))),
         {"embedding dot + bias": 1},
@@ -79,6 +84,7 @@ def test_fuse_finds_the_patterns_and_changes_nothing_else(name, fused_wins):
         (SmallCNN(), (2, 1, 28, 28), 320 + 32 * 169 * 128 + 128 + 1290),
         (MnistCNN(), (2, 1, 28, 28), 93_322),
         (ImageCNN(5), (1, 3, 224, 224), 896 + 18_496 + 36_928 + 64 * 52 * 52 * 64 + 64 + 325),
+        (PhotoCNN(5), (1, 3, 35, 50), 896 + 18_496 + 73_856 + 295_168 + 590_080 + 1285),
         (resnet18(), (2, 3, 64, 64), 11_689_512),
         (resnet50(), (2, 3, 64, 64), 25_557_032),
     ],

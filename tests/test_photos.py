@@ -12,6 +12,7 @@ from small_data import COLOURS, folder, one_thread, write_photos  # noqa: F401  
 
 from pyfused import data
 from pyfused.data import fetch, photos
+from pyfused.tasks import photos as tasks
 from pyfused.tasks.photos import Photos
 
 
@@ -120,13 +121,14 @@ def test_augmentation_crops_within_the_photo_and_mirrors(tmp_path):
         for ramp, whole in ((red, plain[0]), (green, plain[1])):
             assert ramp.min() >= whole.min() - 2 and ramp.max() <= whole.max() + 2
     assert 15 < mirrored < 45 and 15 < flipped < 45
-    assert 0.5 < min(areas) < 0.75 and max(areas) < 1 and max(areas) - min(areas) > 0.2
+    assert 0.3 < min(areas) < 0.5 and 0.75 < max(areas) < 1
     same = [data.decode(tmp_path / "ramp.png", 60, torch.Generator().manual_seed(4)) for _ in range(2)]
     assert torch.equal(*same) and torch.equal(plain, data.decode(tmp_path / "ramp.png", 60).double())
 
 
-def test_augmented_images_are_mixed_as_their_targets_are(folder):  # noqa: F811
-    """The colours of blue and red photos, which crops keep: each pixel's share of red is the target's."""
+def test_augmented_images_are_mixed_as_their_targets_are(folder, monkeypatch):  # noqa: F811
+    """The colours of blue and red photos, which crops keep: the share of red is the target's."""
+    monkeypatch.setattr(tasks, "RECOLOUR", 0.0)
     task = Photos(folder, augment=True)
     rows, shares = torch.tensor([0, 12, 1, 13]), []
     for seed in range(8):
@@ -139,6 +141,30 @@ def test_augmented_images_are_mixed_as_their_targets_are(folder):  # noqa: F811
         assert (images.mean((2, 3)) - expected).abs().max() < 0.05
         shares += targets[:, 2].tolist()
     assert any(0.05 < share < 0.95 for share in shares) and any(share in (0, 1) for share in shares)
+
+
+def test_two_images_are_mixed_everywhere_alike_or_in_a_square():
+    kinds = [tasks.shares(20, np.random.default_rng(seed)) for seed in range(40)]
+    flat = [share for share in kinds if (share == share[0, 0]).all() and share[0, 0] not in (0, 1)]
+    assert 10 < len(flat) < 30 and 0 < min(map(torch.min, flat)) < 0.2 and 0.8 < max(map(torch.max, flat)) < 1
+    for share in kinds:
+        if not any(share is other for other in flat):
+            rows, columns = (~share.bool().all(axis) for axis in (1, 0))
+            hole = share[rows][:, columns]
+            assert (hole == 0).all() and hole.shape[0] == hole.shape[1] and share.sum() == 400 - hole.numel()
+
+
+def test_colours_are_changed_by_hand():
+    """Against the formula; draws in the middle change nothing, and white stays white."""
+    image = torch.tensor([0.2, 0.4, 0.6]).view(1, 3, 1, 1).repeat(1, 1, 2, 2)
+    image[..., 1] += 0.1
+    found = tasks.recoloured(image, torch.tensor([[0.25, 1.0, 0.0]]))  # times 0.9, 1.2, 0.8
+    expected = image * 0.9
+    expected = expected.mean() + 1.2 * (expected - expected.mean())
+    grey = expected.mean(1, keepdim=True)
+    torch.testing.assert_close(found, grey + 0.8 * (expected - grey))
+    torch.testing.assert_close(tasks.recoloured(image, torch.full((1, 3), 0.5)), image)
+    assert tasks.recoloured(torch.ones(1, 3, 2, 2), torch.ones(1, 3)).max() == 1
 
 
 def test_orientation_in_the_file_is_obeyed(tmp_path):

@@ -17,6 +17,7 @@ def test_the_tasks_are_learnt(folder):  # noqa: F811
         ("mnist-cnn", {"batch_size": 20, "lr": 3e-3}),
         ("small-cnn", {}),
         ("image-folder", {"lr": 3e-3}),
+        ("photo-cnn", {}),
     ):
         rows, _ = run(task_of(name, folder), **{"epochs": 8, "batch_size": 6} | options)
         assert rows[-1]["accuracy"] > 0.9 and rows[-1]["loss"] < 0.3 * rows[0]["loss"], name
@@ -122,7 +123,7 @@ def test_the_in_batch_softmax_by_hand(folder, known_negatives):  # noqa: F811
 def test_parts_of_a_batch_make_the_whole(folder):  # noqa: F811
     """What is random must not depend on who owns what."""
     for name in TASKS:
-        task = task_of(name, folder, **({"augment": True} if name == "image-folder" else {}))
+        task = task_of(name, folder, **({"augment": True} if name in ("image-folder", "photo-cnn") else {}))
         rows, parts = torch.arange(10), (slice(0, 4), slice(4, 10))
         whole = task[rows, slice(None), 3]
         pieces = [task[rows, part, 3] for part in parts]

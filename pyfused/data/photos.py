@@ -89,7 +89,7 @@ def problem_of(path: Path) -> str | None:
 def decode(path: Path, size: int, augmentation: torch.Generator | None = None) -> torch.Tensor:
     """uint8 [3, size, size] (channels last in memory) of an image file, squeezed to a square.
 
-    augmentation: draws a random crop of 60% to 100% of the area, with sides 3:4 to 4:3, and whether to mirror it and to
+    augmentation: draws a random crop of 35% to 100% of the area, with sides 3:4 to 4:3, and whether to mirror it and to
     turn it upside down.
     """
     from PIL import Image, ImageOps
@@ -99,7 +99,7 @@ def decode(path: Path, size: int, augmentation: torch.Generator | None = None) -
     box = (0, 0, *image.size)
     if augmentation is not None:
         area, ratio, left, top, mirror, flip = torch.rand(6, generator=augmentation).tolist()
-        area, ratio = 0.6 + 0.4 * area, (3 / 4) ** (2 * ratio - 1)
+        area, ratio = 0.35 + 0.65 * area, (3 / 4) ** (2 * ratio - 1)
         width, height = (min(1.0, (area * r) ** 0.5) for r in (ratio, 1 / ratio))
         x, y = left * (1 - width) * image.width, top * (1 - height) * image.height
         box = (x, y, x + width * image.width, y + height * image.height)

@@ -19,7 +19,7 @@ class Recorder(fx.Interpreter):
     """Runs a forward's original graph and keeps what its matches take: {match.key: tensors}."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, matches: Sequence[Match], found: dict):
-        super().__init__(module, garbage_collect_values=False, graph=graph)
+        super().__init__(module, graph=graph)
         self.matches, self.found = matches, found
 
     def run_node(self, node: fx.Node):

@@ -1,6 +1,6 @@
 """The reference models: plain torch.nn, written as anybody would, so that `pyfused.fuse` has something to find."""
 
-from .cnn import ImageCNN, MnistCNN, SmallCNN
+from .cnn import ImageCNN, MnistCNN, PhotoCNN, SmallCNN
 from .gpt import GPT
 from .recommender import DotConcat, MatrixFactorization, TwoTower
 from .resnet import ResNet, resnet18, resnet50
@@ -11,6 +11,7 @@ __all__ = [
     "ImageCNN",
     "MatrixFactorization",
     "MnistCNN",
+    "PhotoCNN",
     "ResNet",
     "SmallCNN",
     "TwoTower",

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 from .digits import MnistDigits, SmallDigits
-from .photos import Photos
+from .photos import DeepPhotos, Photos
 from .ranking import InBatch, SampledNegatives
 from .ratings import RatingClasses, Ratings
 from .task import Task
@@ -12,7 +12,7 @@ from .text import Text
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (SmallDigits, MnistDigits, Photos, RatingClasses, Ratings, SampledNegatives, InBatch, Text)
+    for task in (SmallDigits, MnistDigits, Photos, DeepPhotos, RatingClasses, Ratings, SampledNegatives, InBatch, Text)
 }
 
 __all__ = ["TASKS", "Task", "make_task"]

@@ -70,11 +70,11 @@ class Task(Dataset):
 
 
 class Classification(nn.Module):
-    """Softmax cross-entropy."""
+    """Softmax cross-entropy; labels are indices [N] or, e.g. of mixed images, shares [N, C]."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0):
         super().__init__()
-        self.model, self.criterion = model, nn.CrossEntropyLoss()
+        self.model, self.criterion = model, nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         return self.criterion(self.model(inputs), labels)
