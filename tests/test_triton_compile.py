@@ -37,7 +37,7 @@ def kernels(request, tmp_path_factory) -> list[dict]:
     ]  # fmt: skip
     found = []
     for process in processes:
-        out, errors = process.communicate(timeout=3000 if full else 300)
+        out, errors = process.communicate(timeout=3000 if full else 900)
         assert process.returncode == 0, errors[-4000:]
         found += json.loads(out)
     return found
