@@ -94,3 +94,14 @@ def check(
     allowed = (4 * torch.finfo(got.dtype).eps + slack) * scale + 2 * rounding
     error = max_error(got, truth)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} at scale {scale:.3g}"
+
+
+def check_gradients(case, device: str, dtype: torch.dtype) -> None:
+    """`check` for every gradient of a case."""
+    arguments = case.arguments(dtype)
+    got = gradients_of(public(case.op), on(device, arguments), case.grad)
+    truth = gradients_of(eager(case.op), to_float64(arguments), case.grad)
+    at_dtype = gradients_of(eager(case.op), arguments, case.grad)
+    rounding = eager_rounding(lambda a: gradients_of(eager(case.op), a, case.grad), case, dtype)
+    for name, g, t, e, r in zip(case.grad, got, truth, at_dtype, rounding, strict=True):
+        check(g, t, e, r, case.slack_for(dtype), f"{case.id} gradient of {name}")

@@ -72,6 +72,18 @@ def tiny_calls_reach_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "may_hand_over", lambda x: False)
 
 
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request):
+    """The CUDA backend, emulated and on a GPU where there is one. Gives the tensors' device."""
+    if request.param == "gpu" and (reason := pyfused.available_backends()["cuda"]):
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        if request.param == "emulated":
+            stack.enter_context(emulated.cuda_on_cpu())
+        stack.enter_context(pyfused.use_backend("cuda"))
+        yield "cpu" if request.param == "emulated" else "cuda"
+
+
 @pytest.fixture(params=_binary._C.isas() if _binary._C else [])
 def isa(request):
     """Run the test on one instruction set of this machine after the other. Gives its name."""

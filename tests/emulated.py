@@ -62,6 +62,16 @@ def cuda_on_cpu(module=None) -> Iterator[None]:
             setattr(_binary._C, name, before[name]) if name in before else delattr(_binary._C, name)
 
 
+@contextlib.contextmanager
+def float32_as(products, precision: str) -> Iterator[None]:
+    """What PyTorch does with float32, "tf32" or "ieee", in `products`: torch.backends.cuda.matmul, cudnn.conv."""
+    before, products.fp32_precision = products.fp32_precision, precision
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
 def too_large(case, budget: int = BUDGET) -> bool:
     arguments = case.arguments(torch.float32)
     if case.op == "in_batch_cross_entropy" and arguments["user"].numel() ** 2 > 10 * budget:  # its scores

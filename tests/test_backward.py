@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from accuracy import check, densify, eager, eager_rounding, gradients_of, on, outputs_of, public, to_float64
+from accuracy import (
+    check,
+    check_gradients,
+    densify,
+    eager,
+    eager_rounding,
+    gradients_of,
+    on,
+    outputs_of,
+    public,
+    to_float64,
+)
 from cases import CASES
 from conftest import device_of
 
@@ -14,13 +25,7 @@ PAIRS = [pytest.param(c, d, id=f"{c.id}-{str(d)[6:]}") for c in CASES if c.grad 
 
 @pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_backward(case, variant, dtype):
-    arguments = case.arguments(dtype)
-    got = gradients_of(public(case.op), on(variant, arguments), case.grad)
-    truth = gradients_of(eager(case.op), to_float64(arguments), case.grad)
-    at_dtype = gradients_of(eager(case.op), arguments, case.grad)
-    rounding = eager_rounding(lambda a: gradients_of(eager(case.op), a, case.grad), case, dtype)
-    for name, g, t, e, r in zip(case.grad, got, truth, at_dtype, rounding, strict=True):
-        check(g, t, e, r, case.slack_for(dtype), f"{case.id} gradient of {name}")
+    check_gradients(case, variant, dtype)
 
 
 USABLE = [name for name, reason in pyfused.available_backends().items() if reason is None]

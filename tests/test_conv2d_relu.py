@@ -114,6 +114,9 @@ def test_what_eager_does_as_well_is_left_to_it(monkeypatch):
         forced = PF.conv2d_relu(x, w, padding=2)
     assert "Conv2dReLU" in type(forced.grad_fn).__name__ and torch.equal(out, forced)
     assert "Conv2dReLU" in type(PF.conv2d_relu(x, w[..., :3, :3]).grad_fn).__name__  # Winograd
+    for layout, size in itertools.product(LAYOUTS, (3, 7)):  # first layers, which oneDNN computes no faster
+        first = torch.empty(2, 3, 40, 40).contiguous(memory_format=layout), torch.empty(8, 3, size, size)
+        assert not dispatch.cedes("conv2d_relu", (*first, None, (1, 1), (0, 0), (1, 1), 1))
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         pooled = PF.conv2d_relu_max_pool2d(x, w, padding=2)

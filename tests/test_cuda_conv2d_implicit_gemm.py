@@ -4,7 +4,6 @@ and on a GPU where there is one.
 Inputs are small integers where not said otherwise: sums are exact in any order, so that results are equal bit for bit.
 """
 
-import contextlib
 import re
 
 import emulated
@@ -20,33 +19,11 @@ from pyfused.ops import conv2d_relu as op
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request):
-    if request.param == "gpu" and (reason := pyfused.available_backends()["cuda"]):
-        pytest.skip(reason)
-    with contextlib.ExitStack() as stack:
-        if request.param == "emulated":
-            stack.enter_context(emulated.cuda_on_cpu())
-        stack.enter_context(pyfused.use_backend("cuda"))
-        yield "cpu" if request.param == "emulated" else "cuda"
-
-
 @pytest.fixture
 def adapter(device, monkeypatch):
     adapter = pyfused.backends.cuda.conv2d_relu
     monkeypatch.setattr(adapter, "forced", "own")
     return adapter
-
-
-@contextlib.contextmanager
-def float32_as(precision):
-    """What PyTorch is told to do with float32 in convolutions: "tf32" or "ieee"."""
-    setting = torch.backends.cudnn.conv
-    before, setting.fp32_precision = setting.fp32_precision, precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def integers(*shape, dtype=torch.float32, seed=0):
@@ -96,7 +73,7 @@ def test_several_tiles(device, adapter, monkeypatch, shape, c_out, kernel, dtype
     if precision == "tf32" and dtype != torch.float32:
         pytest.skip("TF32 is for float32")
     monkeypatch.setattr(adapter, "_large", lambda *args, **options: large)
-    with float32_as(precision):
+    with emulated.float32_as(torch.backends.cudnn.conv, precision):
         check_exact(problem(device, shape, c_out, kernel, dtype), padding=1)
 
 
@@ -172,7 +149,7 @@ def test_precision_of_float32(device, adapter):
     truth = step(op.reference, [t.detach().double().requires_grad_() for t in given])
     errors = {}
     for precision in ("ieee", "tf32"):
-        with float32_as(precision):
+        with emulated.float32_as(torch.backends.cudnn.conv, precision):
             results = step(PF.conv2d_relu, given)
         errors[precision] = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth, strict=True)]
     assert max(errors["ieee"]) < 1e-6, errors

@@ -1,7 +1,6 @@
 """The tiled in-batch softmax on CUDA beyond the case table: tiles, splits, precision, special values; emulated, and
 on a GPU where there is one."""
 
-import contextlib
 import itertools
 from dataclasses import dataclass
 
@@ -18,37 +17,15 @@ from pyfused.ops import in_batch_cross_entropy as op
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float32 as TF32, see `tf32`
 
 
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request):
-    if request.param == "gpu" and (reason := pyfused.available_backends()["cuda"]):
-        pytest.skip(reason)
-    with contextlib.ExitStack() as stack:
-        if request.param == "emulated":
-            stack.enter_context(emulated.cuda_on_cpu())
-        stack.enter_context(pyfused.use_backend("cuda"))
-        yield "cpu" if request.param == "emulated" else "cuda"
-
-
 @pytest.fixture
 def adapter():
     return pyfused.backends.cuda.in_batch_cross_entropy
 
 
-@contextlib.contextmanager
-def float32_as(precision):
-    """What PyTorch is told to do with float32 in products: "tf32" or "ieee"."""
-    setting = torch.backends.cuda.matmul
-    before, setting.fp32_precision = setting.fp32_precision, precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
-
-
 @pytest.fixture(autouse=True)
 def tf32():
     """float32 by tiles. `Problem` has numbers that TF32 holds, so that only the gradients lose by it: 2^-11 a term."""
-    with float32_as("tf32"):
+    with emulated.float32_as(torch.backends.cuda.matmul, "tf32"):
         yield
 
 
@@ -148,7 +125,7 @@ def test_float32_is_tf32_only_where_torch_allows_it(device):
     truth = op.reference(**accuracy.to_float64(arguments))
     errors = []
     for precision in ("none", "ieee", "tf32"):
-        with float32_as(precision):
+        with emulated.float32_as(torch.backends.cuda.matmul, precision):
             errors.append((PF.in_batch_cross_entropy(**arguments) - truth).abs().max().item())
     assert errors[0] == errors[1] < 1e-5 and 20 * errors[1] < errors[2] < 1e-2
 
@@ -266,7 +243,7 @@ def test_explain(device, adapter):
     assert dispatch.explain("in_batch_cross_entropy", *given, *options)["cuda"] == "chosen: tiles"
     backward = (given[4], *given, *given[:4], *options)
     assert dispatch.explain("in_batch_cross_entropy_backward", *backward)["cuda"] == "chosen: tiles"
-    with float32_as("ieee"):
+    with emulated.float32_as(torch.backends.cuda.matmul, "ieee"):
         assert "fp32_precision does not" in dispatch.explain("in_batch_cross_entropy", *given, *options)["cuda"]
     given[2:4] = [t.double() for t in given[2:4]]
     assert "float64" in dispatch.explain("in_batch_cross_entropy", *given, *options)["cuda"]

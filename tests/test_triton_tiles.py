@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from accuracy import check, eager, eager_rounding, gradients_of, on, public, to_float64
+from accuracy import check_gradients
 from cases import CASES
 
 NAMES = {
@@ -28,13 +28,7 @@ def test_other_tiles(case, variant, number, monkeypatch):
 
     for name in ("cross_entropy", "embedding_dot", "conv2d_relu"):
         monkeypatch.setattr(importlib.import_module(f"pyfused.backends.triton.{name}"), "choose", choose)
-    arguments, dtype = case.arguments(torch.float32), torch.float32
-    got = gradients_of(public(case.op), on(variant, arguments), case.grad)
-    truth = gradients_of(eager(case.op), to_float64(arguments), case.grad)
-    at_dtype = gradients_of(eager(case.op), arguments, case.grad)
-    rounding = eager_rounding(lambda a: gradients_of(eager(case.op), a, case.grad), case, dtype)
-    for name, g, t, e, r in zip(case.grad, got, truth, at_dtype, rounding, strict=True):
-        check(g, t, e, r, case.slack_for(dtype), f"{case.id} gradient of {name}")
+    check_gradients(case, variant, torch.float32)
     assert chosen
 
 

@@ -9,8 +9,8 @@ down twice (Bengio and Senecal, 2008; Yi et al., RecSys 2019). The same item in 
 negative.
 
 The scores are the logits of a linear layer with the gathered rows scale · U[user] for input, V[item] for weight and
-bias[item] - log_q for bias, so the chunk loop is linear_cross_entropy's: the B x B scores are never stored. What is
-stored are the gathered rows, [B, D], and, for "mean" and "sum", their gradients. Backward sums those by id.
+bias[item] - log_q for bias, so linear_cross_entropy's loop over chunks serves: the B x B scores are never stored. What
+is stored are the gathered rows, [B, D], and, for "mean" and "sum", their gradients. Backward sums those by id.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from .. import dispatch
 from .._library import autocasts, define, differentiable_grads, is_transformed, needs_grad, reject
 from . import embedding_dot as dot
-from . import linear_cross_entropy as linear
+from . import linear_chunks as linear
 from .cross_entropy import DTYPES, REDUCTIONS, arithmetic_dtype
 
 # Bytes of scores below which calls go to eager PyTorch. Ours, with 35 us more a call forward and 150 us in training,

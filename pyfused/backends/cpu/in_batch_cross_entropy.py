@@ -7,7 +7,7 @@ from ... import _C
 from ...dispatch import kernel
 from ...memory import cached
 from ...ops import in_batch_cross_entropy as op
-from ...ops.linear_cross_entropy import chunk_buffer
+from ...ops.linear_chunks import chunk_buffer
 
 
 def _chunk(table, batch):

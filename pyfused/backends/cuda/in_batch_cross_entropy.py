@@ -15,7 +15,7 @@ from ...dispatch import kernel
 from ...ops import in_batch_cross_entropy as op
 from ...ops.cross_entropy import REDUCTIONS
 from ...ops.embedding_dot import rows_contiguous
-from ...ops.linear_cross_entropy import chunk_buffer
+from ...ops.linear_chunks import chunk_buffer
 
 TILE = 64  # pairs
 BLOCKS = 528  # four on each of 132 multiprocessors

@@ -2,7 +2,7 @@
 
 from ... import _C
 from ...dispatch import kernel
-from ...ops import linear_cross_entropy as op
+from ...ops import linear_chunks as op
 
 
 def _chunk(input, linear_weight):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...ops import in_batch_cross_entropy as op
-from ...ops.linear_cross_entropy import chunk_buffer
+from ...ops.linear_chunks import chunk_buffer
 from .common import ARGUMENTS, index_errors, kernel, report_index_error
 
 

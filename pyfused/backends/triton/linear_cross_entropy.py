@@ -8,14 +8,14 @@ Bytes   logits of a chunk are written by the product, read by the loss, read and
 import triton
 import triton.language as tl
 
-from ...ops import linear_cross_entropy as op
+from ...ops import linear_chunks as op
 from . import cross_entropy
 from .common import ARGUMENTS, index_errors, kernel, report_index_error
 
 
 @triton.jit
 def _check_kernel(target, errors, n, classes, ignore_index, ARGUMENT: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(target + i, mask=i < n, other=0)
     bad = (label != ignore_index) & ((label < 0) | (label >= classes)) & (i < n)
     report_index_error(errors, ARGUMENT, i, label, classes, bad)
