@@ -67,6 +67,8 @@ def settings(full: bool):
         yield f"{shape} {dtype}", "cross_entropy", given, ("input",)
     soft = {"input": torch.empty(64, 4096, dtype=BF16), "target": torch.empty(64, 4096, dtype=BF16)}
     yield "soft bf16", "cross_entropy", soft, ("input",)
+    head = {"input": torch.empty(4096, 8, dtype=BF16), "linear_weight": torch.empty(40_000, 8, dtype=BF16)}
+    yield "chunks bf16", "linear_cross_entropy", {**head, "target": torch.zeros(4096, dtype=torch.int64)}, tuple(head)
     for dim, dtype, sparse in ((64, F32, False), (128, BF16, True), (33, F16, True), (16, F64, False)):
         tables = {name: torch.empty(4096, dim, dtype=dtype) for name in ("user_weight", "item_weight")}
         ids = {name: torch.zeros(2048, dtype=torch.int32 if sparse else torch.int64) for name in ("user", "item")}
