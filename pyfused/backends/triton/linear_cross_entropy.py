@@ -38,7 +38,7 @@ def forward(input, linear_weight, linear_bias, target, *rest):
     if len(chunk) < len(input) and not target.is_floating_point():
         # Before the chunks, in which a bad label would be reported by its place in the chunk.
         given = (target.contiguous(), index_errors(target.device), len(target), len(linear_weight), rest[3])
-        _check_kernel[(triton.cdiv(len(target), 1024),)](*given, ARGUMENT=ARGUMENTS.index("target"), BLOCK=1024)
+        _check_kernel[(triton.cdiv(len(target), 512),)](*given, ARGUMENT=ARGUMENTS.index("target"), BLOCK=512)
     return op.run_forward(chunk, input, linear_weight, linear_bias, target, *rest)
 
 
