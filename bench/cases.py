@@ -27,6 +27,7 @@ FULL: list[Case] = [
     Conv(shape=(8, 64, 56, 56), out=128, stride=2, padding=1, why="a ResNet stage's first layer: stride 2"),
     Conv(shape=(8, 96, 56, 56), out=96, padding=1, groups=96, why="MobileNet: depthwise"),
     Conv(shape=(8, 64, 56, 56), out=64, padding=1, dtype=BF16, why="half the bytes, twice the arithmetic"),
+    Conv(shape=(8, 64, 56, 56), out=64, padding=1, dtype=torch.float16, why="the type GPUs train in, on a CPU"),
     ConvAct(
         shape=(4, 512, 3199), out=512, stride=2, activation="gelu", why="wav2vec2's second layer, a second of sound"
     ),
@@ -50,6 +51,9 @@ FULL: list[Case] = [
     CrossEntropy(shape=(8192, 1000), label_smoothing=0.1, why="ImageNet recipes"),
     LinearCrossEntropy(rows=1024, features=384, classes=50257, why="a small GPT-2's last layer and loss", memory=True),
     LinearCrossEntropy(rows=512, features=1024, classes=32000, why="wider: arithmetic outweighs logits", memory=True),
+    LinearCrossEntropy(
+        rows=512, features=1024, classes=32000, dtype=BF16, why="as mixed precision gives it", memory=True
+    ),
     EmbeddingDot(batch=65536, table_rows=1_000_000, sparse=True, why="a recommender's tables; nothing fits a cache"),
     EmbeddingDot(batch=65536, table_rows=1_000_000, sparse=True, zipf=True, why="popular rows: duplicates to sum"),
     EmbeddingDot(batch=65536, table_rows=100_000, zipf=True, why="a dense gradient larger than the batch"),

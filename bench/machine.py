@@ -93,14 +93,13 @@ def _processor() -> str:
 
 
 def _isa() -> str:
-    """Instruction sets that torch and pyfused picked, e.g. ``torch AVX512, pyfused avx512``."""
-    try:
-        from pyfused import _C
+    """Instruction sets that torch and pyfused picked, e.g. ``torch AVX512 without 16-bit products, pyfused avx512``."""
+    from pyfused._binary import _C
+    from pyfused.backends.cpu.widen import SLOW
 
-        fused = _C.isa()
-    except ImportError:
-        fused = "none"
-    return f"torch {torch.backends.cpu.get_cpu_capability()}, pyfused {fused}"
+    fused = _C.isa() if _C else "none"
+    narrow = " without 16-bit products" if SLOW else ""
+    return f"torch {torch.backends.cpu.get_cpu_capability()}{narrow}, pyfused {fused}"
 
 
 def checkout() -> Path | None:

@@ -40,7 +40,7 @@ _lock = threading.RLock()  # re-entrant: garbage collection may call _forget whi
 
 
 def derived(source: torch.Tensor, kind: str, make: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-    """make(), a tensor computed from `source` (dense float32) alone, remembered as long as `source` lives unchanged.
+    """make(), a tensor computed from `source` (dense) alone, remembered as long as `source` lives unchanged.
 
     None at the first sight of a source or of a new version of it: in training every step has a new one, and to keep
     what is computed from it would not pay. What the version does not show (`.data`, NumPy, PyTorch's optimizers with

@@ -96,10 +96,11 @@ def describe(*values) -> str:
 def _machine() -> str:
     # Not at import, when the package is half imported.
     from .. import __version__, _binary, dispatch
+    from ..backends.cpu.widen import SLOW
     from ..ops.conv2d_relu import allowed_algorithms
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    native = _binary._C and f"{_binary._C.isa()} {allowed_algorithms()}"
+    native = _binary._C and f"{_binary._C.isa()} {allowed_algorithms()} widens {len(SLOW)}"
     flags = f"{dispatch._forced} {native} autocast {torch.is_autocast_enabled('cpu')}"
     versions = f"torch {torch.__version__} | pyfused {__version__}"
     return f"| {_processor()} | {device} | {torch.get_num_threads()} threads | {versions} | {flags}"

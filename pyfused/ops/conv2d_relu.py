@@ -184,7 +184,7 @@ def is_tiny(input, weight, direct=TINY_DIRECT) -> bool:
     if channels <= 4:
         one_image = len(shape) == 3 or shape[0] == 1
         return one_image and size < direct * channels and kh <= 3 and kw <= 3 and input.itemsize >= 4
-    winograd = kh == kw == 3 and input.dtype == torch.float32
+    winograd = kh == kw == 3 and input.dtype != torch.float64  # 16-bit types may be widened
     return size < (TINY_WINOGRAD if winograd else TINY_ATEN) * channels
 
 

@@ -2,6 +2,9 @@
 
 Logits of a chunk go into a buffer, then the loss is taken, then the gradient of the logits over the same buffer, and
 from it the chunk's part of d_input, d_weight and d_bias. A mean's denominator is known from the labels beforehand.
+
+A float32 buffer for 16-bit arguments asks for the arithmetic in float32; the layer's weight is then converted some
+classes at a time.
 """
 
 from __future__ import annotations
@@ -35,9 +38,20 @@ def alloc_grads(input, linear_weight, wanted):
 
 
 def product(input, linear_weight, linear_bias, out):
-    if linear_bias is None:
-        return torch.mm(input, linear_weight.t(), out=out)
-    return torch.addmm(linear_bias, input, linear_weight.t(), out=out)
+    """out = input linear_weightᵀ + linear_bias, in the dtype of `out`."""
+    input, linear_bias = _like(out, input), _like(out, linear_bias)
+    for classes in _blocks(linear_weight, linear_weight.dtype != out.dtype):
+        weight, to = _like(out, linear_weight[classes]).t(), out[:, classes]
+        if linear_bias is None:
+            torch.mm(input, weight, out=to)
+        else:
+            torch.addmm(linear_bias[classes], input, weight, out=to)
+    return out
+
+
+def _like(chunk, x):
+    """`x` in the dtype of the arithmetic; None, and labels, as they are."""
+    return x if x is None or not x.is_floating_point() else x.to(chunk.dtype)
 
 
 def _denominator(target, weight, ignore_index, dtype):
@@ -65,14 +79,21 @@ def out_of_range(target, classes, ignore_index) -> IndexError | None:
 def _add_grads(d_logits, rows, input, linear_weight, grads, needed):
     """One chunk's part of the three gradients; the first chunk overwrites what stands in `grads`."""
     d_input, d_weight, d_bias = grads
-    first = rows.start == 0
+    first, mixed = rows.start == 0, linear_weight.dtype != d_logits.dtype
     if needed[0]:
-        _add_product(d_input[rows], d_logits, linear_weight, True)
+        sums = d_logits.new_empty(d_input[rows].shape) if mixed else d_input[rows]
+        for classes in _blocks(linear_weight, mixed):
+            weight = _like(d_logits, linear_weight[classes])
+            _add_product(sums, d_logits[:, classes], weight, classes.start == 0)
+        if mixed:
+            d_input[rows] = sums
     if needed[1]:
-        for classes in _blocks(d_weight, d_logits):
-            _add_product(d_weight[classes], d_logits[:, classes].t(), input[rows], first)
+        input = _like(d_logits, input[rows])
+        # On a CPU a product of another dtype is added to the gradient while it is still in the cache.
+        for classes in _blocks(d_weight, d_weight.is_cpu and d_weight.dtype != d_logits.dtype):
+            _add_product(d_weight[classes], d_logits[:, classes].t(), input, first)
     if needed[2]:
-        part = d_logits.sum(0, dtype=d_bias.dtype)
+        part = d_logits.sum(0, dtype=ce.arithmetic_dtype(d_logits))
         d_bias.copy_(part) if first else d_bias.add_(part)
 
 
@@ -84,11 +105,11 @@ def _add_product(out, a, b, overwrite):
         out.copy_(part) if overwrite else out.add_(part)
 
 
-def _blocks(d_weight, d_logits):
-    """Slices of the classes. A 16-bit product is added to a float32 gradient while it is still in the cache."""
-    on_cpu = d_weight.device.type == "cpu" and d_weight.dtype != d_logits.dtype
-    step = max(256, (2 << 20) // (d_weight.shape[1] * d_weight.itemsize)) if on_cpu else len(d_weight)
-    return [slice(begin, min(begin + step, len(d_weight))) for begin in range(0, len(d_weight), step)]
+def _blocks(of_classes, split):
+    """Slices of the classes: all, or if `split` such that 2 MiB of float32 belong to each."""
+    rows, columns = of_classes.shape
+    step = max(256, (2 << 20) // (4 * columns)) if split else rows
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 @torch.no_grad()
@@ -100,6 +121,7 @@ def run_forward(
     adjust: called with a chunk's logits and the number of its first row, may change them before the softmax.
     recycle: gives a tensor like its argument, in memory that was in use before.
     """
+    target, weight = _like(chunk, target), _like(chunk, weight)
     given = (input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
     late = input.dtype == torch.float16  # gradients of the logits divided by a large batch would underflow
     if 0 < len(input) <= len(chunk) and not late:
@@ -176,6 +198,7 @@ def run_backward(
     recycle=None,
 ):  # fmt: skip
     """The registered op for reduction "none": the logits again, chunk by chunk."""
+    target, weight = _like(chunk, target), _like(chunk, weight)
     grads, partial = _ready(alloc_grads(input, linear_weight, needed), input, chunk, recycle)
     for begin in range(0, input.shape[0], len(chunk)):
         rows = slice(begin, min(begin + len(chunk), input.shape[0]))

@@ -44,22 +44,23 @@ uint64_t of_part(const char* p, int64_t bytes) {
 
 }  // namespace
 
-// out: one int64. input: the bytes of a dense float32 tensor, in the order in which they lie.
+// out: one int64. input: the bytes of a dense tensor, in the order in which they lie.
 Status fingerprint(View out, View input, int threads) {
   PYFUSED_REQUIRE(out.dtype == DType::i64 && out.numel() == 1, "out", "must be one int64");
-  PYFUSED_REQUIRE(input.dtype == DType::f32, "input", "must be float32");
-  int64_t vectors = input.numel() * 4 / kVectorBytes, bytes = input.numel() * 4;
-  uint64_t parts[kParts], h = 0;
-  parallel_for(kParts, kParts * (64 << 10) / (bytes + 1) + 1, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t part = begin; part < end; ++part) {
-      int64_t first = vectors * part / kParts * kVectorBytes;
-      int64_t last = part + 1 == kParts ? bytes : vectors * (part + 1) / kParts * kVectorBytes;
-      parts[part] = of_part(input.as<char>() + first, last - first);
-    }
+  return for_dtype(input.dtype, [&](auto tag) {
+    int64_t bytes = input.numel() * sizeof tag, vectors = bytes / kVectorBytes;
+    uint64_t parts[kParts], h = 0;
+    parallel_for(kParts, kParts * (64 << 10) / (bytes + 1) + 1, threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t part = begin; part < end; ++part) {
+        int64_t first = vectors * part / kParts * kVectorBytes;
+        int64_t last = part + 1 == kParts ? bytes : vectors * (part + 1) / kParts * kVectorBytes;
+        parts[part] = of_part(input.as<char>() + first, last - first);
+      }
+    });
+    for (uint64_t part : parts) h = mix(h, part);
+    std::memcpy(out.data, &h, sizeof h);
+    return Status{};
   });
-  for (uint64_t part : parts) h = mix(h, part);
-  std::memcpy(out.data, &h, sizeof h);
-  return {};
 }
 
 }  // namespace PYFUSED_ISA

@@ -8,6 +8,8 @@ aten        PyTorch's convolution (oneDNN) in the layout given, then one pass of
             backward one pass that masks or unpools the gradient and sums it up to the bias gradient. That is no faster
             than eager PyTorch with the ReLU in place, so the public functions call this (`_cedes`); the registered ops,
             which torch.compile sees, run it.
+
+16-bit tensors are float32 here on CPUs that multiply float32 faster (see `widen`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ...dispatch import kernel
 from ...memory import cached, derived
 from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
+from .widen import is_slow, widened
 
 WINOGRAD_SAVES = 1200  # products per pair of channels
 REMEMBERED_SAVES = 500  # the same without gradients, where the weight's transform is remembered
@@ -72,6 +75,8 @@ def _is_depthwise(input, weight, stride, dilation) -> bool:
 
 def _cedes(*args) -> bool:
     """Whether eager PyTorch does as well: its own convolution would run, or the 1x1 kernel, which transposes NCHW."""
+    if is_slow(args[0]):
+        return False
     chosen = algorithm(*args[:7])
     return chosen == "aten" or (chosen == "1x1" and op.memory_format(*args[:2]) == torch.contiguous_format)
 
@@ -79,7 +84,7 @@ def _cedes(*args) -> bool:
 def _pool_cedes(*args) -> bool:
     """The same, without gradients, for which eager would save the full-size activation, and in channels_last: in NCHW
     our pooling pass is ahead of PyTorch's. The direct kernels pool in registers."""
-    if needs_grad(*args[:3]) or op.memory_format(*args[:2]) == torch.contiguous_format:
+    if is_slow(args[0]) or needs_grad(*args[:3]) or op.memory_format(*args[:2]) == torch.contiguous_format:
         return False
     return algorithm(*args[:7]) == "aten"
 
@@ -145,6 +150,7 @@ def _transformed(weight: torch.Tensor) -> torch.Tensor:
 
 
 @kernel("conv2d_relu", "cpu", cedes=_cedes)
+@widened(weight=1)
 def forward(*args):
     input, weight, bias, stride, padding, _, _ = args
     threads = torch.get_num_threads()
@@ -167,6 +173,7 @@ def forward(*args):
 
 
 @kernel("conv2d_relu_max_pool2d", "cpu", cedes=_pool_cedes)
+@widened(weight=1)
 def pool_forward(*args):
     input, weight, bias, stride, padding, *_, pool_size, pool_stride = args
     threads = torch.get_num_threads()
@@ -187,6 +194,7 @@ def pool_forward(*args):
 
 
 @kernel("conv2d_relu_backward", "cpu")
+@widened()
 def backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
     options = stride, padding, dilation, groups
     plan = _plan(op.allowed_algorithms(), input, weight, None, *options)
@@ -201,6 +209,7 @@ def backward(grad, input, weight, output, stride, padding, dilation, groups, nee
 
 
 @kernel("conv2d_relu_max_pool2d_backward", "cpu")
+@widened()
 def pool_backward(grad, input, weight, code, stride, padding, dilation, groups, pool_size, pool_stride, needed):
     options = stride, padding, dilation, groups
     plan = _plan(op.allowed_algorithms(), input, weight, None, *options)

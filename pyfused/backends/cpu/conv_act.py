@@ -23,6 +23,7 @@ from ...memory import cached
 from ...ops import conv2d_relu as conv_op
 from ...ops import conv_act as op
 from . import conv2d_relu as conv
+from .widen import is_slow, widened
 
 NONE, GELU = map(op.ACTIVATIONS.index, ("none", "gelu"))
 # Numbers of output. GELU: 2x3x64x64 -> 16, stride 2, loses by a tenth, 8 of them -> 32 win.
@@ -48,7 +49,7 @@ def _aten(convolution) -> torch.Tensor:
 def _cedes(input, weight, bias, residual, stride, padding, dilation, groups, activation) -> bool:
     """Whether eager PyTorch does as well."""
     convolution = (input, weight, bias, stride, padding, dilation, groups)
-    if conv.algorithm(*convolution) == "winograd":
+    if is_slow(input) or conv.algorithm(*convolution) == "winograd":
         return False
     if conv_op.memory_format(input, weight) != torch.channels_last or input.dtype != torch.float32:
         return True
@@ -58,6 +59,7 @@ def _cedes(input, weight, bias, residual, stride, padding, dilation, groups, act
 
 
 @kernel("conv_act", "cpu", cedes=_cedes)
+@widened(weight=1)
 def forward(input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, keep):
     convolution = (input, weight, bias, stride, padding, dilation, groups)
     winograd = conv.algorithm(*convolution) == "winograd"
@@ -73,6 +75,7 @@ def forward(input, weight, bias, residual, stride, padding, dilation, groups, ac
 
 
 @kernel("conv_act_backward", "cpu")
+@widened()
 def backward(grad, input, weight, saved, stride, padding, dilation, groups, activation, slope, needed):
     options, grad = (stride, padding, dilation, groups), conv._dense(grad, saved)
     of_convolution = needed[0] or needed[1]

@@ -7,6 +7,8 @@ blocks of classes are taken
 - where no gradients are made: one product either way, and the BLAS packs the weight once, not for every chunk;
 - for bfloat16 on a CPU with AMX, where a product costs less than what a chunk of rows costs besides: packing the weight
   and adding to all of d_weight in float32. By classes each part of d_weight is complete at once.
+
+16-bit logits are float32 on CPUs that multiply float32 faster (see `widen`).
 """
 
 import torch
@@ -15,6 +17,7 @@ from ...dispatch import kernel
 from ...memory import cached
 from ...ops import cross_entropy as ce
 from ...ops import linear_chunks as op
+from .widen import arithmetic_dtype
 
 _NONE, _SUM = (ce.REDUCTIONS.index(r) for r in ("none", "sum"))
 _BLOCK = 8 << 20  # bytes of a block of logits: at 2 MiB forward of 1024 x 384 x 50257 is a fifth slower
@@ -32,12 +35,13 @@ def _chunk(input, linear_weight):
     as much again as the logits take: 74 to 84 MiB in all, against 38 MiB at 171 rows, which are 3% slower than 256.
     """
     rows, classes = input.shape[0], linear_weight.shape[0]
+    dtype = arithmetic_dtype(input)
 
     def rows_in(mebibytes):
-        return (mebibytes << 20) // (classes * input.element_size())
+        return (mebibytes << 20) // (classes * dtype.itemsize)
 
     most = max(rows_in(32), 256) if _fast_products(input) else max(rows_in(8), min(256, rows_in(34)), 128)
-    return cached(op.chunk_buffer(input, rows, classes, most))
+    return cached(op.chunk_buffer(input, rows, classes, most, dtype))
 
 
 def _by_classes(chunk, input, target, label_smoothing, with_grads) -> bool:
@@ -53,12 +57,9 @@ class _Classes:
     """The logits of all rows, a block of classes at a time."""
 
     def __init__(self, input, linear_weight, linear_bias, target, weight, ignore_index, z_loss, softcap):
-        self.layer, self.target, self.z_loss, self.softcap = (
-            (input, linear_weight, linear_bias),
-            target,
-            z_loss,
-            softcap,
-        )
+        input = input.to(arithmetic_dtype(input))
+        self.layer, self.target = (input, linear_weight, linear_bias), target
+        self.z_loss, self.softcap = z_loss, softcap
         self.counted = target != ignore_index
         if error := op.out_of_range(target, len(linear_weight), ignore_index):
             raise error
@@ -108,9 +109,9 @@ class _Classes:
             given = (g.where(inside, 0), of_lse + g.masked_fill(inside, 0), logits, label, None, stats, one)
             ce._backward_(*given, _NONE, -1, 0.0, 0.0, self.softcap)
             if needed[0]:
-                sums += torch.mm(logits, weight[classes])
+                sums += torch.mm(logits, weight[classes].to(logits.dtype))
             if needed[1]:
-                torch.mm(logits.t(), input, out=d_weight[classes])
+                op._add_product(d_weight[classes], logits.t(), input, True)
             if needed[2]:
                 d_bias[classes] = logits.sum(0, dtype=stats.dtype)
         if needed[0]:
