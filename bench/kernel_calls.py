@@ -163,20 +163,24 @@ def direct_cases():
 
 
 def winograd_cases():
-    for (n, c, h, w), out, pad in (((4, 32, 13, 13), 64, 0), ((1, 64, 28, 28), 96, 1)):
+    for (n, c, h, w), out, pad, tile in (
+        ((4, 32, 13, 13), 64, 0, 4),
+        ((1, 64, 28, 28), 96, 1, 4),
+        ((8, 64, 5, 5), 64, 0, 3),
+    ):
         text = f"{n}x{c}x{h}x{w}->{out} p{pad}"
         oh, ow = h + 2 * pad - 2, w + 2 * pad - 2
         x, y, saved, grad = Tensor(n, c, h, w, last=True), *(Tensor(n, out, oh, ow, last=True) for _ in range(3))
         weight, bias, weight_grad = Tensor(out, c, 3, 3), Tensor(out), Tensor(out, c, 3, 3)
-        transformed = Tensor(36 * (c * (-(-out // 16) * 16) + 16))
-        yield "conv2d_winograd_transform_weight", text, (transformed, weight, 1)
-        yield "conv2d_winograd", text + " transformed", (y, x, transformed, bias, pad, pad, True, 1)
-        yield "conv2d_winograd", text, (y, x, weight, bias, pad, pad, True, 1)
-        yield "conv2d_winograd_act", text + " SiLU", (y, x, weight, bias, saved, pad, pad, SILU, 0.0, 1)
+        transformed = Tensor((tile + 2) ** 2 * (c * (-(-out // 16) * 16) + 16))
+        yield "conv2d_winograd_transform_weight", text, (transformed, weight, tile, 1)
+        yield "conv2d_winograd", text + " transformed", (y, x, transformed, bias, pad, pad, True, tile, 1)
+        yield "conv2d_winograd", text, (y, x, weight, bias, pad, pad, True, tile, 1)
+        yield "conv2d_winograd_act", text + " SiLU", (y, x, weight, bias, saved, pad, pad, SILU, 0.0, tile, 1)
         pooled = [Tensor(n, out, oh // 2, ow // 2, dtype=dtype, last=True) for dtype in ("float32", "uint8")]
         yield "conv2d_winograd_pool", text, (*pooled, x, weight, bias, pad, pad, 1)
-        yield "conv2d_winograd_backward_input", text, (x, grad, saved, weight, pad, pad, 1)
-        yield "conv2d_winograd_backward_weight", text, (weight_grad, bias, grad, saved, x, pad, pad, 1)
+        yield "conv2d_winograd_backward_input", text, (x, grad, saved, weight, pad, pad, tile, 1)
+        yield "conv2d_winograd_backward_weight", text, (weight_grad, bias, grad, saved, x, pad, pad, tile, 1)
 
 
 def one_by_one_cases():

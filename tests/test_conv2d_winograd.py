@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 _C = pytest.importorskip("pyfused._C")
+from pyfused.backends.cpu.conv2d_relu import winograd_tile  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("isa")
 
 CHANNELS_LAST = torch.channels_last
@@ -25,13 +27,14 @@ SHAPES = [
     (1, 512, 7, 7, 64, (1, 1), "the deepest sums: rounding grows with C"),
     (1, 128, 52, 52, 128, (1, 1), "a transformed weight larger than a cache, several blocks of tiles"),
 ]
+TILES = pytest.mark.parametrize("tile", [4, 3])
 ids = [f"{n}x{c}x{h}x{w}-{o}-pad{p[0]}{p[1]}" for n, c, h, w, o, p, _ in SHAPES]
 
 
-def transform(weight, threads=1):
+def transform(weight, threads=1, tile=4):
     outputs, depth = weight.shape[:2]
-    u = torch.full((36 * (depth * (-(-outputs // 16) * 16) + 16),), torch.nan)
-    _C.conv2d_winograd_transform_weight(u, weight, threads)
+    u = torch.full(((tile + 2) ** 2 * (depth * (-(-outputs // 16) * 16) + 16),), torch.nan)
+    _C.conv2d_winograd_transform_weight(u, weight, tile, threads)
     return u
 
 
@@ -39,9 +42,9 @@ def empty(*shape, dtype=torch.float32):  # full of what nobody may read
     return torch.full(shape, 77 if dtype == torch.uint8 else torch.nan, dtype=dtype).to(memory_format=CHANNELS_LAST)
 
 
-def forward(x, weight, bias, pad, relu=True, threads=1, outputs=None):
+def forward(x, weight, bias, pad, relu=True, threads=1, outputs=None, tile=4):
     out = empty(x.shape[0], outputs or weight.shape[0], x.shape[2] + 2 * pad[0] - 2, x.shape[3] + 2 * pad[1] - 2)
-    _C.conv2d_winograd(out, x, weight, bias, *pad, relu, threads)
+    _C.conv2d_winograd(out, x, weight, bias, *pad, relu, tile, threads)
     return out
 
 
@@ -52,11 +55,11 @@ def forward_pool(x, weight, bias, pad, threads=1):
     return out, code
 
 
-def backward(x, weight, grad, saved, pad, threads=1, bias=True):
+def backward(x, weight, grad, saved, pad, threads=1, bias=True, tile=4):
     grad_input, grad_weight = torch.full_like(x, torch.nan), torch.full_like(weight, torch.nan)
     grad_bias = torch.full((weight.shape[0],), torch.nan) if bias else None
-    _C.conv2d_winograd_backward_input(grad_input, grad, saved, weight, *pad, threads)
-    _C.conv2d_winograd_backward_weight(grad_weight, grad_bias, grad, saved, x, *pad, threads)
+    _C.conv2d_winograd_backward_input(grad_input, grad, saved, weight, *pad, tile, threads)
+    _C.conv2d_winograd_backward_weight(grad_weight, grad_bias, grad, saved, x, *pad, tile, threads)
     return grad_input, grad_weight, grad_bias
 
 
@@ -95,14 +98,15 @@ def forward_bound(c):  # twice what the kernel's head comment states
     return 6e-5 * (1 + c / 64) ** 0.5
 
 
+@TILES
 @pytest.mark.parametrize("n,c,h,w,o,pad,why", SHAPES, ids=ids)
-def test_forward(n, c, h, w, o, pad, why):
+def test_forward(n, c, h, w, o, pad, why, tile):
     x, weight, bias = make(n, c, h, w, o)
     exact = F.conv2d(x.double(), weight.double(), padding=pad)
-    assert_close(forward(x, weight, None, pad, relu=False), exact, forward_bound(c))
-    out = forward(x, weight.to(memory_format=CHANNELS_LAST), bias, pad)
+    assert_close(forward(x, weight, None, pad, relu=False, tile=tile), exact, forward_bound(c))
+    out = forward(x, weight.to(memory_format=CHANNELS_LAST), bias, pad, tile=tile)
     assert_close(out, (exact + bias.double()[:, None, None]).relu(), forward_bound(c))
-    without = forward(x, weight, bias, pad, relu=False)
+    without = forward(x, weight, bias, pad, relu=False, tile=tile)
     assert torch.equal(out, without.relu()) and ((without < 0).any() or without.numel() < 16)
 
 
@@ -119,9 +123,10 @@ def test_pool_is_torchs_pool_of_the_unpooled_output(n, c, h, w, o, pad, why):
     assert torch.equal(code, torch.where(pooled > 0, position, 255).to(torch.uint8))
 
 
+@TILES
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("n,c,h,w,o,pad,why", SHAPES, ids=ids)
-def test_gradients(n, c, h, w, o, pad, why, pooled):
+def test_gradients(n, c, h, w, o, pad, why, pooled, tile):
     x, weight, bias = make(n, c, h, w, o)
     if pooled:
         weight = weight.to(memory_format=CHANNELS_LAST)
@@ -131,44 +136,48 @@ def test_gradients(n, c, h, w, o, pad, why, pooled):
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(memory_format=CHANNELS_LAST)
     height, width = h + 2 * pad[0] - 2, w + 2 * pad[1] - 2
     before = unpool(grad, saved, height, width) if pooled else torch.where(out > 0, grad, 0)
-    grads = backward(x, weight, grad, saved, pad)
+    grads = backward(x, weight, grad, saved, pad, tile=tile)
     expected = backward64(x, weight, before, pad)
     for actual, exact in zip(grads, expected, strict=True):
         assert_close(actual, exact, 6e-5)
     assert grads[1].stride() == weight.stride()
-    again = backward(x, weight, grad, saved, pad, bias=False)
+    again = backward(x, weight, grad, saved, pad, bias=False, tile=tile)
     assert torch.equal(again[0], grads[0]) and torch.equal(again[1], grads[1])
 
 
+@TILES
 @pytest.mark.parametrize("threads", [2, 5])
 @pytest.mark.parametrize("n,c,h,w,o,pad,why", SHAPES, ids=ids)
-def test_bits_depend_on_neither_threads_nor_batch(n, c, h, w, o, pad, why, threads):
+def test_bits_depend_on_neither_threads_nor_batch(n, c, h, w, o, pad, why, threads, tile):
     x, weight, bias = make(n, c, h, w, o)
-    out = forward(x, weight, bias, pad)
-    assert torch.equal(out, forward(x, weight, bias, pad, threads=threads))
-    assert torch.equal(out[-1:], forward(x[-1:], weight, bias, pad))
+    out = forward(x, weight, bias, pad, tile=tile)
+    assert torch.equal(out, forward(x, weight, bias, pad, threads=threads, tile=tile))
+    assert torch.equal(out[-1:], forward(x[-1:], weight, bias, pad, tile=tile))
     pool = forward_pool(x, weight, bias, pad)
     assert all(torch.equal(a, b) for a, b in zip(pool, forward_pool(x, weight, bias, pad, threads), strict=True))
-    one, many = (backward(x, weight, out, out, pad, t) for t in (1, threads))
+    one, many = (backward(x, weight, out, out, pad, t, tile=tile) for t in (1, threads))
     assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
 
 
+@TILES
 @pytest.mark.parametrize("n,c,h,w,o,pad,why", SHAPES, ids=ids)
-def test_a_finished_transform_gives_the_same_bits(n, c, h, w, o, pad, why):
+def test_a_finished_transform_gives_the_same_bits(n, c, h, w, o, pad, why, tile):
     x, weight, bias = make(n, c, h, w, o)
-    assert torch.equal(forward(x, transform(weight), bias, pad, outputs=o), forward(x, weight, bias, pad))
+    finished = forward(x, transform(weight, tile=tile), bias, pad, outputs=o, tile=tile)
+    assert torch.equal(finished, forward(x, weight, bias, pad, tile=tile))
 
 
-def test_integers_are_exact():
+@TILES
+def test_integers_are_exact(tile):
     """No transform of multiples of 576 = 24 * 24 rounds, so a slightly wrong coefficient cannot hide in a bound."""
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (2, 2, 11, 10), generator=g).float().to(memory_format=CHANNELS_LAST)
     weight = 576.0 * torch.randint(-2, 3, (5, 2, 3, 3), generator=g).float()
     bias = torch.randint(-999, 999, (5,), generator=g).float()
-    assert torch.equal(forward(x, weight, bias, (1, 1), relu=False), F.conv2d(x, weight, bias, padding=1))
+    assert torch.equal(forward(x, weight, bias, (1, 1), relu=False, tile=tile), F.conv2d(x, weight, bias, padding=1))
     grad = torch.randint(-2, 3, (2, 5, 11, 10), generator=g).float().to(memory_format=CHANNELS_LAST)
     exact = backward64(x, weight, grad, (1, 1))
-    grads = backward(x, weight, grad, torch.ones_like(grad), (1, 1))
+    grads = backward(x, weight, grad, torch.ones_like(grad), (1, 1), tile=tile)
     assert torch.equal(grads[0].double(), exact[0]) and torch.equal(grads[2].double(), exact[2])
 
 
@@ -182,7 +191,7 @@ def test_any_weight_strides():
     for layout in (strided, weight.to(memory_format=CHANNELS_LAST)):
         assert torch.equal(backward(x, layout, grad, grad, (1, 1))[0], backward(x, weight, grad, grad, (1, 1))[0])
     written = torch.zeros(3, 3, 20, 24).permute(3, 2, 0, 1)
-    _C.conv2d_winograd_backward_weight(written, None, grad, grad, x, 1, 1, 1)
+    _C.conv2d_winograd_backward_weight(written, None, grad, grad, x, 1, 1, 4, 1)
     assert torch.equal(written, backward(x, weight, grad, grad, (1, 1))[1])
 
 
@@ -206,11 +215,12 @@ def test_pool_takes_the_first_of_equals_and_marks_the_dead():
     assert out.flatten().tolist() == [288, 864, 1440, 2016]
 
 
-def test_nan():
+@TILES
+def test_nan(tile):
     """A NaN stays one; among NaNs the last wins, as in torch; the mask lets a gradient through to it."""
     x, weight, bias = constant([0.0] * 16, 1.0)
     x[0, 0, 0, 0] = torch.nan
-    assert forward(x, weight, bias, (1, 1)).isnan().any()
+    assert forward(x, weight, bias, (1, 1), tile=tile).isnan().any()
     out, code = forward_pool(x, weight, torch.tensor([torch.nan]), (1, 1))
     assert out.isnan().all() and code.eq(3).all()
     saved = torch.tensor([torch.nan, 0.0, -0.0, 1.0] * 4).reshape(1, 1, 4, 4).to(memory_format=CHANNELS_LAST)
@@ -218,7 +228,7 @@ def test_nan():
     grad[saved == 0] = torch.nan  # masked by choice, not by a product
     x = torch.ones_like(grad)
     before = torch.ops.aten.threshold_backward(grad, saved, 0)
-    grads = backward(x, weight, grad, saved, (1, 1))
+    grads = backward(x, weight, grad, saved, (1, 1), tile=tile)
     for actual, exact in zip(grads, backward64(x, weight, before, (1, 1)), strict=True):
         torch.testing.assert_close(actual.double(), exact, rtol=0, atol=1e-4)
 
@@ -246,15 +256,28 @@ def test_arguments_are_checked():
     }
     for argument, arguments in bad.items():
         with pytest.raises(ValueError, match=f"conv2d_winograd: {argument}:"):
-            _C.conv2d_winograd(*arguments, True, 1)
+            _C.conv2d_winograd(*arguments, True, 4, 1)
     for wrong in (weight[:, :3], weight[:7], weight[:, :, :2], weight.double()):
         with pytest.raises(ValueError, match="conv2d_winograd: weight:"):
-            _C.conv2d_winograd(out, x, wrong, bias, 0, 0, True, 1)
+            _C.conv2d_winograd(out, x, wrong, bias, 0, 0, True, 4, 1)
+    for tile in (2, 5):
+        with pytest.raises(ValueError, match="tile"):
+            _C.conv2d_winograd(out, x, weight, bias, 0, 0, True, tile, 1)
+        with pytest.raises(ValueError, match="tile"):
+            backward(x, weight, out, out, (0, 0), tile=tile)
+    with pytest.raises(ValueError, match="as transformed"):  # for the other tile
+        _C.conv2d_winograd(out, x, u, bias, 0, 0, True, 3, 1)
     with pytest.raises(ValueError, match="weight"):
-        _C.conv2d_winograd_transform_weight(u, weight[:, :, :2], 1)
+        _C.conv2d_winograd_transform_weight(u, weight[:, :, :2], 4, 1)
     for saved in (out.double(), out[:, :, :2], out.contiguous()):
         with pytest.raises(ValueError, match="saved"):
-            _C.conv2d_winograd_backward_input(torch.empty_like(x), out, saved, weight, 0, 0, 1)
+            _C.conv2d_winograd_backward_input(torch.empty_like(x), out, saved, weight, 0, 0, 4, 1)
         with pytest.raises(ValueError, match="saved"):
-            _C.conv2d_winograd_backward_weight(torch.empty_like(weight), None, out, saved, x, 0, 0, 1)
+            _C.conv2d_winograd_backward_weight(torch.empty_like(weight), None, out, saved, x, 0, 0, 4, 1)
     assert out.isnan().all()  # nothing was written
+
+
+def test_the_tile_chosen_takes_the_fewer_products():
+    chosen = {side: winograd_tile(torch.empty(1, 1, side, side)) for side in range(1, 15)}
+    assert [side for side, tile in chosen.items() if tile == 3] == [1, 2, 3, 5, 6, 9]
+    assert winograd_tile(torch.empty(1, 1, 6, 56)) == 3 and winograd_tile(torch.empty(1, 1, 3, 8)) == 4

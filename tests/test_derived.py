@@ -184,11 +184,12 @@ def fingerprint(x, threads=1):
 
 @pytest.mark.parametrize("isa", _C.isas())
 @pytest.mark.parametrize("count", [0, 1, 7, 128, 1000, 70_001])
-def test_fingerprint_sees_every_element(isa, count):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fingerprint_sees_every_element(isa, count, dtype):
     before = _C.isa()
     _C.set_isa(isa)
     try:
-        x = torch.arange(float(count))
+        x = torch.arange(float(count)).to(dtype)
         first = fingerprint(x)
         assert first == fingerprint(x.clone(), threads=3)
         for at in range(0, count, max(1, count // 97)):
@@ -196,7 +197,7 @@ def test_fingerprint_sees_every_element(isa, count):
             changed[at] = -changed[at] if at else 0.5
             assert fingerprint(changed) != first
         assert count < 2 or fingerprint(x.flip(0)) != first
-        assert fingerprint(torch.cat([x, torch.zeros(1)])) != first
+        assert fingerprint(torch.cat([x, torch.zeros(1, dtype=dtype)])) != first
     finally:
         _C.set_isa(before)
 
@@ -205,4 +206,4 @@ def test_fingerprint_checks_its_arguments():
     with pytest.raises(ValueError, match="out"):
         _C.fingerprint(torch.zeros(2, dtype=torch.int64), torch.zeros(3), 1)
     with pytest.raises(ValueError, match="input"):
-        _C.fingerprint(torch.zeros(1, dtype=torch.int64), torch.zeros(3).double(), 1)
+        _C.fingerprint(torch.zeros(1, dtype=torch.int64), torch.zeros(3, dtype=torch.int32), 1)

@@ -29,16 +29,17 @@
   K(relu_max_unpool2d, (View g, View grad, View code, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int threads))    \
   K(fingerprint, (View out, View input, int threads))                                                                  \
   K(convert_layout, (View out, View input, int threads))                                                               \
-  K(conv2d_winograd_transform_weight, (View transformed, View weight, int threads))                                    \
-  K(conv2d_winograd, (View out, View input, View weight, View bias, int pad_h, int pad_w, bool relu, int threads))     \
+  K(conv2d_winograd_transform_weight, (View transformed, View weight, int tile, int threads))                          \
+  K(conv2d_winograd,                                                                                                   \
+    (View out, View input, View weight, View bias, int pad_h, int pad_w, bool relu, int tile, int threads))            \
   K(conv2d_winograd_act, (View out, View input, View weight, View bias, View residual, int pad_h, int pad_w,           \
-                          int activation, double slope, int threads))                                                  \
+                          int activation, double slope, int tile, int threads))                                        \
   K(conv2d_winograd_pool,                                                                                              \
     (View out, View code, View input, View weight, View bias, int pad_h, int pad_w, int threads))                      \
   K(conv2d_winograd_backward_input,                                                                                    \
-    (View grad_input, View grad, View saved, View weight, int pad_h, int pad_w, int threads))                          \
-  K(conv2d_winograd_backward_weight,                                                                                   \
-    (View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h, int pad_w, int threads))          \
+    (View grad_input, View grad, View saved, View weight, int pad_h, int pad_w, int tile, int threads))                \
+  K(conv2d_winograd_backward_weight, (View grad_weight, View grad_bias, View grad, View saved, View input, int pad_h,  \
+                                      int pad_w, int tile, int threads))                                               \
   K(mask_accidental_hits, (View scores, View item, int64_t first, int threads))                                        \
   K(embedding_dot,                                                                                                     \
     (View out, View user, View item, View user_weight, View item_weight, View user_bias, View item_bias, int threads)) \

@@ -1,18 +1,18 @@
-// Gradient of the input of a 3x3 convolution, stride 1, + ReLU (+ 2x2 max pool), by Winograd's F(4x4, 3x3) transposed;
-// float32.
+// Gradient of the input of a 3x3 convolution, stride 1, + ReLU (+ 2x2 max pool), by Winograd's F(4x4, 3x3) or F(3x3, 3x3)
+// transposed; float32.
 //
 //   g = the gradient before ReLU (and pool);   dx_c = ∑_tiles B [ ∑_o (G w_oc Gᵀ) ⊙ (A g_o Aᵀ) ] Bᵀ
 //
 // A convolution with rotated filters would do too, but it has tiles of dx instead of g: 4 times as many at 5x5 -> 3x3.
 // Layout, flops, error and edges are the forward's (conv2d_winograd.cpp), with O and C exchanged. ReLU's mask or the pool's
-// code is applied while tiles of g are read; the 6x6 patches that come out overlap by two rows and columns and add up.
+// code is applied while tiles of g are read; the patches that come out overlap by two rows and columns and add up.
 #include "cpu/kernels/conv2d_winograd_convolve.h"
 
 namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-// The data gradient: 6x6 patches, two rows and columns of which are a neighbour's too, are added up.
+// The data gradient: patches, two rows and columns of which are a neighbour's too, are added up.
 struct Overlapping {
   static constexpr bool kOverlaps = true;
   float* out;
@@ -23,18 +23,20 @@ struct Overlapping {
     for (int64_t p = first * pixels; p < last * pixels; p += run)
       std::memset(out + p * channels + begin, 0, sizeof(float) * run * (end - begin));
   }
-  PYFUSED_INLINE void finish(const V (&products)[kPoints], const Tile& tile, int64_t c, int64_t count) const {
-    V patch[kPoints];
-    transform_products_to_patch(products, patch);
+  template <int T>
+  PYFUSED_INLINE void finish(const V (&products)[kPoints<T>], const Tile& tile, int64_t c, int64_t count) const {
+    constexpr int P = kPatch<T>;
+    V patch[kPoints<T>];
+    transform_products_to_patch<T>(products, patch);
     int64_t h = tile.h - pad_h, w = tile.w - pad_w;
-    int64_t bottom = min<int64_t>(kPatch, height - h), right = min<int64_t>(kPatch, width - w);
+    int64_t bottom = min<int64_t>(P, height - h), right = min<int64_t>(P, width - w);
     for (int64_t i = max<int64_t>(0, -h); i < bottom; ++i)
       for (int64_t j = max<int64_t>(0, -w); j < right; ++j) {
         float* p = out + ((tile.n * height + h + i) * width + w + j) * channels + c;
         if (count >= lanes<float>)
-          store(p, load(p) + patch[i * kPatch + j]);
+          store(p, load(p) + patch[i * P + j]);
         else
-          store_first(p, load_first(p, count) + patch[i * kPatch + j], count);
+          store_first(p, load_first(p, count) + patch[i * P + j], count);
       }
   }
 };
@@ -44,7 +46,7 @@ struct Overlapping {
 // grad_input [N, C, H, W] from grad (dL/dout); `saved` is the forward's output (float32), its code (uint8) where it
 // pooled, or absent where grad is the convolution's own.
 Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, View weight, int pad_h, int pad_w,
-                                      int threads) {
+                                      int tile, int threads) {
   bool pooled = saved.dtype == DType::u8;
   PYFUSED_REQUIRE(channels_last(grad_input, DType::f32), "grad_input", "must be channels_last float32");
   PYFUSED_REQUIRE(channels_last(grad, DType::f32), "grad", "must be channels_last float32");
@@ -52,26 +54,27 @@ Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, Vi
   int64_t n = grad_input.shape[0], inputs = grad_input.shape[1], outputs = grad.shape[1], factor = pooled ? 2 : 1;
   int64_t height = grad_input.shape[2], width = grad_input.shape[3];
   int64_t grad_height = (height + 2 * pad_h - 2) / factor, grad_width = (width + 2 * pad_w - 2) / factor;
-  if (Status status = check({weight, true}, outputs, inputs, pad_h, pad_w); status.code) return status;
+  if (Status status = check({weight, true}, tile, outputs, inputs, pad_h, pad_w); status.code) return status;
   PYFUSED_REQUIRE(has_shape(grad, n, outputs, grad_height, grad_width), "grad", "must have the shape of out");
   PYFUSED_REQUIRE(!saved || has_shape(saved, n, outputs, grad_height, grad_width), "saved",
                   "must have the shape of out");
   Overlapping sink{grad_input.as<float>(), pad_h, pad_w, height, width, inputs};
-  Grid grid(n, factor * grad_height, factor * grad_width);
+  PYFUSED_REQUIRE(tile == 3 || tile == 4, "tile", "must be 3 or 4");
+  Grid grid(n, factor * grad_height, factor * grad_width, tile);
   if (!grid.count) {  // no pixel reaches the output
     std::memset(grad_input.data, 0, sizeof(float) * grad_input.numel());
     return {};
   }
-  const float* g = grad.as<float>();
-  if (pooled)
-    convolve<kTile>(Unpooled{g, saved.as<uint8_t>(), grid.height, grid.width, outputs}, sink, grid, {weight, true}, 0,
-                    0, threads);
-  else if (!saved)
-    convolve<kTile>(Plain{g, grid.height, grid.width, outputs}, sink, grid, {weight, true}, 0, 0, threads);
-  else
-    convolve<kTile>(Masked{g, saved.as<float>(), grid.height, grid.width, outputs}, sink, grid, {weight, true}, 0, 0,
-                    threads);
-  return {};
+  return with_tile(tile, [&](auto tag) {
+    auto convolve_from = [&](const auto& source) {
+      convolve<tag.value, tag.value>(source, sink, grid, {weight, true}, 0, 0, threads);
+      return Status{};
+    };
+    const float* g = grad.as<float>();
+    if (pooled) return convolve_from(Unpooled{g, saved.as<uint8_t>(), grid.height, grid.width, outputs});
+    if (!saved) return convolve_from(Plain{g, grid.height, grid.width, outputs});
+    return convolve_from(Masked{g, saved.as<float>(), grid.height, grid.width, outputs});
+  });
 }
 
 }  // namespace PYFUSED_ISA

@@ -1,7 +1,7 @@
 // The middle of Winograd's convolution and of its data gradient: patches of a source, transformed, times the transformed
-// weight, into a sink, which makes pixels of the 36 sums of a tile.
+// weight, into a sink, which makes pixels of the sums of a tile.
 //
-// A sink has `channels`, finish(products, tile, channel, count), and kOverlaps: whether tiles of an image meet in its
+// A sink has `channels`, finish<T>(products, tile, channel, count), and kOverlaps: whether tiles of an image meet in its
 // pixels, so that they must be one thread's; then also clear(first, last image, first, last channel).
 #pragma once
 #include "cpu/kernels/conv2d_winograd.h"
@@ -48,7 +48,8 @@ struct Weight {
 
 PYFUSED_INLINE int64_t point_stride(int64_t panels, int64_t depth) { return panels * depth * kPanel + kSkew; }
 
-// U of `panels` panels from panel `first` on: u[36][panels][depth][16], points `point_stride(panels, depth)` apart.
+// U of `panels` panels from panel `first` on: u[points][panels][depth][16], points `point_stride(panels, depth)` apart.
+template <int T>
 void transform_weight(const Weight& weight, int64_t first, int64_t panels, float* u, int threads) {
   const View& view = weight.view;
   int64_t outputs = view.shape[weight.transposed], depth = view.shape[!weight.transposed];
@@ -66,31 +67,31 @@ void transform_weight(const Weight& weight, int64_t first, int64_t panels, float
 #pragma GCC unroll 9
         for (int tap = 0; tap < 9; ++tap) taps[tap][i] = from[offset[tap]];
       for (int i = 0; i < kPanel; i += lanes<float>) {
-        V w[9], points[kPoints];
+        V w[9], points[kPoints<T>];
 #pragma GCC unroll 9
         for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps[tap] + i);
-        transform_filter(w, points);
+        transform_filter<T>(w, points);
         float* to = u + (panel * depth + c) * kPanel + i;
 #pragma GCC unroll 36
-        for (int k = 0; k < kPoints; ++k) store(to + k * point, points[k]);
+        for (int k = 0; k < kPoints<T>; ++k) store(to + k * point, points[k]);
       }
     }
   });
 }
 
-// The results of tiles [first, first + count) of the grid for channels [begin, end), from m[36][count][kGroup] whose
+// The results of tiles [first, first + count) of the grid for channels [begin, end), from m[points][count][kGroup] whose
 // rows start with channel `origin`.
-template <class Sink>
+template <int T, class Sink>
 void finish_tiles(const Sink& sink, const Grid& grid, int64_t first, int64_t count, int64_t begin, int64_t end,
                   const float* m, int64_t m_point, int64_t origin) {
   for (int64_t t = 0; t < count; ++t) {
     Tile tile(grid, first + t);
     for (int64_t o = begin; o < end; o += lanes<float>) {
-      V products[kPoints];
+      V products[kPoints<T>];
       const float* p = m + t * kGroup + (o - origin);
 #pragma GCC unroll 36
-      for (int k = 0; k < kPoints; ++k) products[k] = load(p + k * m_point);
-      sink.finish(products, tile, o, sink.channels - o);
+      for (int k = 0; k < kPoints<T>; ++k) products[k] = load(p + k * m_point);
+      sink.template finish<T>(products, tile, o, sink.channels - o);
     }
   }
 }
@@ -101,25 +102,25 @@ void finish_tiles(const Sink& sink, const Grid& grid, int64_t first, int64_t cou
 // Each thread by itself: with a part of the tiles (those that overlap in the result are one thread's), in blocks whose V
 // and M stay in its cache, each of which reads all of U; or, by_outputs, with all tiles and a part of the output channels,
 // whose U it makes for itself: every thread makes V, but U never goes from core to core.
-template <int P, class Source, class Sink>
+template <int T, int P, class Source, class Sink>
 void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, const float* u,
                     bool by_outputs, int pad_h, int pad_w, int threads) {
   int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
   int64_t v_row = round_up(depth, lanes<float>), unit = Sink::kOverlaps ? grid.down * grid.across : 1;
-  int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints * 4 * v_row) / kRows * kRows);
+  int64_t most = max<int64_t>(kRows, kBlockBytes / (kPoints<T> * 4 * v_row) / kRows * kRows);
   most = min(most, round_up(grid.count, kRows));
   int64_t v_point = most * v_row + kSkew, m_point = most * kGroup + kSkew;
-  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints * (v_point + m_point)));
+  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * threads * kPoints<T> * (v_point + m_point)));
   int64_t items = by_outputs ? all_panels : grid.count / unit, grain = by_outputs ? 1 : max<int64_t>(1, kRows / unit);
   parallel_for(items, grain, threads, [&](int64_t begin, int64_t end, int thread) {
-    float *v = memory + thread * kPoints * (v_point + m_point), *m = v + kPoints * v_point;
+    float *v = memory + thread * kPoints<T> * (v_point + m_point), *m = v + kPoints<T> * v_point;
     int64_t first_panel = by_outputs ? begin : 0, last_panel = by_outputs ? end : all_panels;
     if (by_outputs) begin = 0, end = grid.count / unit;
     int64_t u_point = point_stride(last_panel - first_panel, depth);
     const float* mine = u;
     if (by_outputs) {
-      auto* made = static_cast<float*>(scratch(2, sizeof(float) * kPoints * u_point));
-      transform_weight(weight, first_panel, last_panel - first_panel, made, 1);
+      auto* made = static_cast<float*>(scratch(2, sizeof(float) * kPoints<T> * u_point));
+      transform_weight<T>(weight, first_panel, last_panel - first_panel, made, 1);
       mine = made;
     }
     int64_t last_channel = min(channels, last_panel * kPanel);
@@ -128,14 +129,14 @@ void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, co
     int64_t block = min(most, round_up(ceil_div((end - begin) * unit, blocks), kRows));
     for (int64_t first = begin * unit; first < end * unit; first += block) {
       int64_t count = min(block, end * unit - first);
-      transform_tiles<P>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
+      transform_tiles<T, P>(source, grid, first, count, pad_h, pad_w, v, v_row, v_point);
       for (int64_t panel = first_panel; panel < last_panel; panel += kGroup / kPanel) {
         int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, last_panel - panel));
-        for (int k = 0; k < kPoints; ++k)
+        for (int k = 0; k < kPoints<T>; ++k)
           multiply_group(v + k * v_point, v_row, count, mine + k * u_point + (panel - first_panel) * depth * kPanel,
                          depth, panels, m + k * m_point);
-        finish_tiles(sink, grid, first, count, panel * kPanel, min(last_channel, (panel + panels) * kPanel), m, m_point,
-                     panel * kPanel);
+        finish_tiles<T>(sink, grid, first, count, panel * kPanel, min(last_channel, (panel + panels) * kPanel), m,
+                        m_point, panel * kPanel);
       }
     }
   });
@@ -144,14 +145,14 @@ void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, co
 // All threads on one large block of tiles, group by group of output channels: U is read once per block, and where one
 // block takes all tiles and U is not there yet, it exists only a group at a time, in cache. Threads share the filters, the
 // points and rows of tiles, then the tiles; where tiles overlap, the images and vectors of channels.
-template <int P, class Source, class Sink>
+template <int T, int P, class Source, class Sink>
 void convolve_together(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, int64_t block,
                        const float* u, int pad_h, int pad_w, int threads) {
   int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
   int64_t v_row = round_up(depth, lanes<float>), v_point = block * v_row + kSkew, m_point = block * kGroup + kSkew;
-  auto* v = static_cast<float*>(scratch(0, sizeof(float) * kPoints * (v_point + m_point)));
-  float *m = v + kPoints * v_point, *own = nullptr;
-  if (!u) own = static_cast<float*>(scratch(1, sizeof(float) * kPoints * point_stride(kGroup / kPanel, depth)));
+  auto* v = static_cast<float*>(scratch(0, sizeof(float) * kPoints<T> * (v_point + m_point)));
+  float *m = v + kPoints<T> * v_point, *own = nullptr;
+  if (!u) own = static_cast<float*>(scratch(1, sizeof(float) * kPoints<T> * point_stride(kGroup / kPanel, depth)));
   int64_t image = grid.down * grid.across;
   if constexpr (Sink::kOverlaps)
     parallel_for(grid.count / image, 1, threads,
@@ -159,14 +160,14 @@ void convolve_together(const Source& source, const Sink& sink, const Grid& grid,
   for (int64_t first = 0; first < grid.count; first += block) {
     int64_t count = min(block, grid.count - first), row_blocks = ceil_div(count, kSharedRows);
     parallel_for(count, 1, threads, [&](int64_t begin, int64_t end, int) {
-      transform_tiles<P>(source, grid, first + begin, end - begin, pad_h, pad_w, v + begin * v_row, v_row, v_point);
+      transform_tiles<T, P>(source, grid, first + begin, end - begin, pad_h, pad_w, v + begin * v_row, v_row, v_point);
     });
     for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
       int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
-      if (own) transform_weight(weight, panel, panels, own, threads);
+      if (own) transform_weight<T>(weight, panel, panels, own, threads);
       const float* group = own ? own : u + panel * depth * kPanel;
       int64_t u_point = point_stride(own ? panels : all_panels, depth);
-      parallel_for(kPoints * row_blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
+      parallel_for(kPoints<T> * row_blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item) {
           int64_t k = item / row_blocks, t = item % row_blocks * kSharedRows;
           multiply_group(v + k * v_point + t * v_row, v_row, min(kSharedRows, count - t), group + k * u_point, depth,
@@ -181,27 +182,27 @@ void convolve_together(const Source& source, const Sink& sink, const Grid& grid,
           for (int64_t item = begin; item < end; ++item) {
             int64_t n = image0 + item / vectors, o = origin + item % vectors * lanes<float>;
             int64_t from = max(first, n * image), to = min(first + count, (n + 1) * image);
-            finish_tiles(sink, grid, from, to - from, o, min(last, o + lanes<float>), m + (from - first) * kGroup,
-                         m_point, origin);
+            finish_tiles<T>(sink, grid, from, to - from, o, min(last, o + lanes<float>), m + (from - first) * kGroup,
+                            m_point, origin);
           }
         });
       } else {
         parallel_for(count, 1, threads, [&](int64_t begin, int64_t end, int) {
-          finish_tiles(sink, grid, first + begin, end - begin, origin, last, m + begin * kGroup, m_point, origin);
+          finish_tiles<T>(sink, grid, first + begin, end - begin, origin, last, m + begin * kGroup, m_point, origin);
         });
       }
     }
   }
 }
 
-template <int P, class Source, class Sink>
+template <int T, int P, class Source, class Sink>
 void convolve(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, int pad_h, int pad_w,
               int threads) {
   if (!grid.count) return;
   int64_t depth = source.channels, panels = ceil_div(sink.channels, kPanel),
-          u_size = kPoints * point_stride(panels, depth);
+          u_size = kPoints<T> * point_stride(panels, depth);
   int64_t weight_bytes = sizeof(float) * u_size,
-          tile_bytes = kPoints * sizeof(float) * (round_up(depth, lanes<float>) + kGroup);
+          tile_bytes = kPoints<T> * sizeof(float) * (round_up(depth, lanes<float>) + kGroup);
   int64_t most = max<int64_t>(8 * kRows, max(kSharedBytes, weight_bytes) / tile_bytes),
           blocks = ceil_div(grid.count, most);
   bool few_images = Sink::kOverlaps && grid.count / (grid.down * grid.across) < threads;
@@ -212,23 +213,24 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const We
   bool by_outputs = !together && !u && threads > 1 && panels > 1 && few_tiles;
   if (!u && !by_outputs && !(together && blocks == 1)) {
     auto* own = static_cast<float*>(scratch(1, weight_bytes));
-    transform_weight(weight, 0, panels, own, threads);
+    transform_weight<T>(weight, 0, panels, own, threads);
     u = own;
   }
   if (together)
-    convolve_together<P>(source, sink, grid, weight, ceil_div(grid.count, blocks), u, pad_h, pad_w, threads);
+    convolve_together<T, P>(source, sink, grid, weight, ceil_div(grid.count, blocks), u, pad_h, pad_w, threads);
   else
-    convolve_apart<P>(source, sink, grid, weight, u, by_outputs, pad_h, pad_w, threads);
+    convolve_apart<T, P>(source, sink, grid, weight, u, by_outputs, pad_h, pad_w, threads);
 }
 
 // What forward and backward ask of their arguments alike.
-Status check(const Weight& weight, int64_t depth, int64_t outputs, int pad_h, int pad_w) {
+Status check(const Weight& weight, int tile, int64_t depth, int64_t outputs, int pad_h, int pad_w) {
   const View& view = weight.view;
   PYFUSED_REQUIRE(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding", "must lie in 0..2");
   PYFUSED_REQUIRE(view.dtype == DType::f32, "weight", "must be float32");
   if (weight.finished())
-    PYFUSED_REQUIRE(view.contiguous() && view.numel() == kPoints * point_stride(ceil_div(outputs, kPanel), depth),
-                    "weight", "as transformed must be 36 * (C * round_up(O, 16) + 16) contiguous float32");
+    PYFUSED_REQUIRE(
+        view.contiguous() && view.numel() == (tile + 2) * (tile + 2) * point_stride(ceil_div(outputs, kPanel), depth),
+        "weight", "as transformed must be (tile + 2)² * (C * round_up(O, 16) + 16) contiguous float32");
   else
     PYFUSED_REQUIRE(view.ndim == 4 && view.shape[weight.transposed] == outputs &&
                         view.shape[!weight.transposed] == depth && view.shape[2] == 3 && view.shape[3] == 3,

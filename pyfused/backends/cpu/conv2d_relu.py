@@ -1,7 +1,8 @@
 """conv2d_relu and conv2d_relu_max_pool2d on the CPU: five algorithms, chosen by `algorithm`.
 
 direct      own kernel for few input channels (first layers), either layout: bias, ReLU and 2x2 pooling in registers.
-winograd    own kernel for 3x3 with stride 1 in channels_last; F(4x4, 3x3), error about 1e-5 of the output's scale.
+winograd    own kernel for 3x3 with stride 1 in channels_last; F(4x4, 3x3) or F(3x3, 3x3), error about 1e-5 of the
+            output's scale.
 1x1         own matrix product for 1x1 kernels with stride 1, float32, either layout, ReLU inside; forward only.
 depthwise   own kernels for as many groups as channels, float32: 3, 5 or 7 wide, stride 1 or 2, in channels_last.
 aten        PyTorch's convolution (oneDNN) in the layout given, then one pass of ours: ReLU, or ReLU with pooling; in
@@ -44,9 +45,9 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     if min(c_in, c_out) < 16 or _C.isa() == "baseline" or input.dtype != torch.float32:
         return "aten"  # oneDNN is ahead on SSE2, whose vectors of 4 lose
     n, _, height, width = op.output_shape(input, weight, stride, padding, dilation)
-    # The products saved must pay for the weight's transform, which costs as much as some hundred positions: 9 products
-    # a position against 36 a tile, used or not.
-    saves = n * (9 * height * width - 36 * -(-height // 4) * -(-width // 4))
+    # The products saved, of 9 a position, must pay for the weight's transform, which costs as much as some hundred
+    # positions. Incomplete tiles cost as much as whole ones.
+    saves = n * (9 * height * width - min(_products(height, width, tile) for tile in (3, 4)))
     # In training this is asked by `_cedes`, before autograd stops recording: what then comes here saves enough, or a
     # backend was forced, or torch.compile is at work.
     remembered = weight.nbytes >= LARGE_WEIGHT and not needs_grad(input, weight, bias)
@@ -133,7 +134,18 @@ def _aten(*args) -> torch.Tensor:
     return op.conform(out, op.alloc(*args))
 
 
-def _transformed(weight: torch.Tensor) -> torch.Tensor:
+def _products(height: int, width: int, tile: int) -> int:
+    """Of an input channel and an output channel, for height x width results in tiles of tile x tile."""
+    return -(-height // tile) * -(-width // tile) * (tile + 2) ** 2
+
+
+def winograd_tile(output: torch.Tensor) -> int:
+    """3 or 4: the side of the tiles that take fewer products for the results [..., height, width]."""
+    size = output.shape[-2:]
+    return 3 if _products(*size, 3) < _products(*size, 4) else 4
+
+
+def transformed(weight: torch.Tensor, tile: int = 4) -> torch.Tensor:
     """What the Winograd kernels take for a weight: itself, or its transform if that is remembered."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if weight.nbytes < LARGE_WEIGHT or not dense:
@@ -141,12 +153,12 @@ def _transformed(weight: torch.Tensor) -> torch.Tensor:
 
     def make():
         outputs, channels = weight.shape[:2]
-        transformed = cached(weight.new_empty(36 * (channels * (-(-outputs // 16) * 16) + 16)))
-        _C.conv2d_winograd_transform_weight(transformed, weight, torch.get_num_threads())
-        return transformed
+        result = cached(weight.new_empty((tile + 2) ** 2 * (channels * (-(-outputs // 16) * 16) + 16)))
+        _C.conv2d_winograd_transform_weight(result, weight, tile, torch.get_num_threads())
+        return result
 
-    transformed = derived(weight, "winograd", make)
-    return weight if transformed is None else transformed
+    result = derived(weight, f"winograd {tile}", make)
+    return weight if result is None else result
 
 
 @kernel("conv2d_relu", "cpu", cedes=_cedes)
@@ -168,7 +180,8 @@ def forward(*args):
         _C.conv2d_depthwise(out, _dense(input, out), weight, bias, stride[0], *padding, threads)
         return out
     result = _channels_last(out, fill=False)
-    _C.conv2d_winograd(result, _channels_last(input), _transformed(weight), bias, *padding, True, threads)
+    tile = winograd_tile(out)
+    _C.conv2d_winograd(result, _channels_last(input), transformed(weight, tile), bias, *padding, True, tile, threads)
     return _convert(out, result)
 
 
@@ -185,7 +198,7 @@ def pool_forward(*args):
         _C.conv2d_direct(out, code, input, weight, bias, *stride, *padding, threads)
     elif chosen == "winograd":
         pooled, places = _channels_last(out, fill=False), _channels_last(code, fill=False)
-        _C.conv2d_winograd_pool(pooled, places, _channels_last(input), _transformed(weight), bias, *padding, threads)
+        _C.conv2d_winograd_pool(pooled, places, _channels_last(input), transformed(weight), bias, *padding, threads)
         _convert(out, pooled)
         _convert(code, places)
     else:
@@ -259,12 +272,13 @@ def _native_backward(plan, grad, input, weight, saved, options, needed):
 
 def winograd_backward(d_input, d_weight, d_bias, grad, saved, input, weight, padding) -> None:
     """Fills the gradients that are not None. saved: the output or the pool's code; None: grad is not masked."""
+    tile = 4 if saved is not None and saved.dtype == torch.uint8 else winograd_tile(grad)
     grad, threads = _channels_last(grad), torch.get_num_threads()
     saved = None if saved is None else _channels_last(saved)
-    _C.conv2d_winograd_backward_weight(d_weight, d_bias, grad, saved, _channels_last(input), *padding, threads)
+    _C.conv2d_winograd_backward_weight(d_weight, d_bias, grad, saved, _channels_last(input), *padding, tile, threads)
     if d_input is not None:
         result = _channels_last(d_input, fill=False)
-        _C.conv2d_winograd_backward_input(result, grad, saved, weight, *padding, threads)
+        _C.conv2d_winograd_backward_input(result, grad, saved, weight, *padding, tile, threads)
         _convert(d_input, result)
 
 

@@ -35,8 +35,9 @@ def _winograd(convolution, residual, activation, slope) -> torch.Tensor:
     out = cached(conv_op.alloc(*convolution))
     result = conv._channels_last(out, fill=False)
     residual = None if residual is None else conv._channels_last(residual)
-    given = (conv._channels_last(input), conv._transformed(weight), bias, residual)
-    _C.conv2d_winograd_act(result, *given, *padding, activation, slope, torch.get_num_threads())
+    tile = conv.winograd_tile(out)
+    given = (conv._channels_last(input), conv.transformed(weight, tile), bias, residual)
+    _C.conv2d_winograd_act(result, *given, *padding, activation, slope, tile, torch.get_num_threads())
     return conv._convert(out, result)
 
 
