@@ -84,6 +84,9 @@ void multiply_block(const Pixels& to, int64_t block, const float* rows, int64_t 
   for (int64_t c = 0; c < padded; c += kColumns) {
     const float* b = packed + c / kPanel * depth * kPanel + c % kPanel;
     with_constant<kVectors>(static_cast<int>(min(kColumns, padded - c) / lanes<float>), [&](auto vectors) {
+      // The first time over rows that lie in memory the next ones are fetched ahead: six rows at once are too many streams
+      // for the hardware to foresee, and waiting for them took up to 45% of the time.
+      bool first = c == 0 && to.nhwc;
       auto run = [&](auto row_count, int64_t r) {
         float* p = out + r * out_row + c;
         auto finish = [&](int i, int h, V sum) __attribute__((always_inline)) {
@@ -94,7 +97,12 @@ void multiply_block(const Pixels& to, int64_t block, const float* rows, int64_t 
           else if (column < whole)
             store_first(p + i * out_row + h * lanes<float>, value, whole - column);
         };
-        multiply_with<row_count.value, vectors.value>(rows + r * pitch, pitch, 1, b, next, kPanel, depth, finish);
+        const float* a = rows + r * pitch;
+        if (first)
+          multiply_with<row_count.value, vectors.value, true>(a, pitch, 1, b, next, kPanel, depth, finish,
+                                                              a + kRows * pitch);
+        else
+          multiply_with<row_count.value, vectors.value>(a, pitch, 1, b, next, kPanel, depth, finish);
       };
       int64_t r = 0;
       for (; r + kRows <= count; r += kRows) run(std::integral_constant<int, kRows>{}, r);

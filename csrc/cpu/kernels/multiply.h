@@ -27,12 +27,13 @@ PYFUSED_INLINE void with_constant(int n, const Body& body) {
 constexpr int kRows = 6;
 constexpr int kVectors = lanes<float> == 16 ? 4 : 2;
 
-// finish(r, h, ∑_k a[r, k] * b[k, h]) for R rows and B vectors.
-template <int R, int B, class Finish>
+// finish(r, h, ∑_k a[r, k] * b[k, h]) for R rows and B vectors. ahead: R * depth floats to prefetch meanwhile, or nullptr.
+template <int R, int B, bool Ahead = false, class Finish>
 PYFUSED_INLINE void multiply_with(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
-                                  int64_t b_step, int64_t depth, const Finish& finish) {
+                                  int64_t b_step, int64_t depth, const Finish& finish, const float* ahead = nullptr) {
   V sum[R][B] = {};
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+    if constexpr (Ahead) __builtin_prefetch(ahead + k * R);
     V right[B];
 #pragma GCC unroll 4
     for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
