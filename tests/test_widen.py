@@ -1,7 +1,10 @@
 """16-bit convolutions and products on CPUs without instructions for them run in float32; on others they do not."""
 
+import importlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pyfused
 import pyfused.functional as P
@@ -9,6 +12,7 @@ from pyfused import _C
 from pyfused.backends.cpu import conv_act, linear_cross_entropy, widen
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the package was built without its extension")
+conv2d_relu = importlib.import_module("pyfused.ops.conv2d_relu")
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -57,12 +61,30 @@ def test_convolution_is_float32s_rounded(dtype, name):
     assert torch.equal(narrow[0], wide[0])
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_output_has_eagers_layout(dtype, layout):
-    x, w, b = (t.detach() for t in leaves(dtype, (3, 32, 19, 37), (48, 32, 3, 3), (48,)))
-    x = x.contiguous(memory_format=layout)
-    output = P.conv2d_relu(x, w, b)
-    assert output.stride() == torch.conv2d(x, w, b).stride()
+INPUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :, ::2],
+    "transposed": lambda x: x.transpose(2, 3),
+    "one channel of many": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :1],
+    "expanded": lambda x: x[:1, :1].transpose(2, 3).expand(3, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 48])
+@pytest.mark.parametrize("name", INPUTS)
+def test_strides_are_those_promised(dtype, name, channels):
+    """Of a tensor with gaps, or with a dimension of 1, a copy may look like another layout."""
+    x = INPUTS[name](torch.randn(3, 32, 19, 37).to(dtype))
+    weight = torch.randn(channels, x.shape[1], 1, 1).to(dtype)
+    options = ((1, 1), (0, 0), (1, 1), 1)
+    args = (x, weight, None, *options)
+    output = torch.ops.pyfused.conv2d_relu(*args)
+    grads = torch.ops.pyfused.conv2d_relu_backward(output, x, weight, output, *options, [True] * 3)
+    promised = conv2d_relu.alloc(*args), *conv2d_relu.alloc_backward(output, x, weight, output, *options, [True] * 3)
+    for actual, expected in zip((output, *grads), promised):
+        assert (actual.dtype, actual.stride()) == (dtype, expected.stride())
+    torch.testing.assert_close(output, F.conv2d(x.float(), weight.float()).relu().to(dtype), rtol=1e-2, atol=1e-2)
 
 
 def test_remembered_weight_is_made_again_when_it_changes(dtype):

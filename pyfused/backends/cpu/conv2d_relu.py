@@ -162,7 +162,7 @@ def transformed(weight: torch.Tensor, tile: int = 4) -> torch.Tensor:
 
 
 @kernel("conv2d_relu", "cpu", cedes=_cedes)
-@widened(weight=1)
+@widened(op.alloc, weight=1)
 def forward(*args):
     input, weight, bias, stride, padding, _, _ = args
     threads = torch.get_num_threads()
@@ -186,7 +186,7 @@ def forward(*args):
 
 
 @kernel("conv2d_relu_max_pool2d", "cpu", cedes=_pool_cedes)
-@widened(weight=1)
+@widened(pool_op.alloc, weight=1)
 def pool_forward(*args):
     input, weight, bias, stride, padding, *_, pool_size, pool_stride = args
     threads = torch.get_num_threads()
@@ -207,7 +207,7 @@ def pool_forward(*args):
 
 
 @kernel("conv2d_relu_backward", "cpu")
-@widened()
+@widened(op.alloc_backward)
 def backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
     options = stride, padding, dilation, groups
     plan = _plan(op.allowed_algorithms(), input, weight, None, *options)
@@ -222,7 +222,7 @@ def backward(grad, input, weight, output, stride, padding, dilation, groups, nee
 
 
 @kernel("conv2d_relu_max_pool2d_backward", "cpu")
-@widened()
+@widened(pool_op.alloc_backward)
 def pool_backward(grad, input, weight, code, stride, padding, dilation, groups, pool_size, pool_stride, needed):
     options = stride, padding, dilation, groups
     plan = _plan(op.allowed_algorithms(), input, weight, None, *options)

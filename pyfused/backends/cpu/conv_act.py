@@ -60,7 +60,7 @@ def _cedes(input, weight, bias, residual, stride, padding, dilation, groups, act
 
 
 @kernel("conv_act", "cpu", cedes=_cedes)
-@widened(weight=1)
+@widened(op.alloc, weight=1)
 def forward(input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, keep):
     convolution = (input, weight, bias, stride, padding, dilation, groups)
     winograd = conv.algorithm(*convolution) == "winograd"
@@ -76,7 +76,7 @@ def forward(input, weight, bias, residual, stride, padding, dilation, groups, ac
 
 
 @kernel("conv_act_backward", "cpu")
-@widened()
+@widened(op.alloc_backward)
 def backward(grad, input, weight, saved, stride, padding, dilation, groups, activation, slope, needed):
     options, grad = (stride, padding, dilation, groups), conv._dense(grad, saved)
     of_convolution = needed[0] or needed[1]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from ...memory import cached, derived
+from ...ops.conv2d_relu import memory_format
 
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
@@ -43,23 +44,23 @@ def arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if is_slow(x) else x.dtype
 
 
-def widened(weight: int | None = None) -> Callable:
-    """Decorator of a kernel: it gets its tensors of a slow dtype in float32; its float32 results go back to that dtype.
+def widened(alloc: Callable, weight: int | None = None) -> Callable:
+    """Decorator of a convolution's kernel: it gets its tensors of a slow dtype in float32, and its float32 results go to
+    tensors from `alloc`, which takes the same arguments.
 
-    All are of one dtype, or uint8. weight: the number of an argument that is a model's weight. Where it is large its
-    float32 is remembered while it does not change, and so is what the kernel itself remembers of that.
+    weight: the number of an argument that is a model's weight. Where it is large its float32 is remembered while it does
+    not change, and so is what the kernel itself remembers of that.
     """
 
     def decorate(run: Callable) -> Callable:
         @functools.wraps(run)
         def in_float32(*args):
-            dtype = args[0].dtype
-            if dtype not in SLOW:
+            if args[0].dtype not in SLOW:
                 return run(*args)
             results = run(*(_wide_weight(x) if i == weight else _wide(x) for i, x in enumerate(args)))
             if isinstance(results, torch.Tensor):
-                return _narrow(results, dtype)
-            return tuple(_narrow(x, dtype) for x in results)
+                return _as(alloc(*args), results)
+            return tuple(map(_as, alloc(*args), results))
 
         return in_float32
 
@@ -69,14 +70,21 @@ def widened(weight: int | None = None) -> Callable:
 def _wide(x):
     if not isinstance(x, torch.Tensor) or x.dtype not in SLOW:
         return x
-    return cached(torch.empty_like(x, dtype=torch.float32)).copy_(x)
+    # What is dense keeps its strides; of anything else the layout that convolutions see in it is kept.
+    layout = torch.preserve_format if _is_dense(x) or x.dim() != 4 else memory_format(x)
+    return cached(torch.empty_like(x, dtype=torch.float32, memory_format=layout)).copy_(x)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _wide_weight(weight: torch.Tensor) -> torch.Tensor:
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    wide = derived(weight, "float32", lambda: _wide(weight)) if dense and weight.nbytes >= _LARGE_WEIGHT else None
+    worth_it = weight.nbytes >= _LARGE_WEIGHT and _is_dense(weight)
+    wide = derived(weight, "float32", lambda: _wide(weight)) if worth_it else None
     return _wide(weight) if wide is None else wide
 
 
-def _narrow(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return cached(torch.empty_like(x, dtype=dtype)).copy_(x) if x.dtype == torch.float32 else x
+def _as(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x` with the dtype and strides of `like`, an uninitialised tensor."""
+    return x if (x.dtype, x.stride()) == (like.dtype, like.stride()) else cached(like).copy_(x)
