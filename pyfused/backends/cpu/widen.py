@@ -45,11 +45,11 @@ def arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def widened(alloc: Callable, weight: int | None = None) -> Callable:
-    """Decorator of a convolution's kernel: it gets its tensors of a slow dtype in float32, and its float32 results go to
+    """Decorator of a convolution's kernel: it gets tensors of a slow dtype in float32, and its float32 results go to
     tensors from `alloc`, which takes the same arguments.
 
-    weight: the number of an argument that is a model's weight. Where it is large its float32 is remembered while it does
-    not change, and so is what the kernel itself remembers of that.
+    weight: the number of an argument that is a model's weight. Where it is large its float32 is remembered while it
+    does not change, and so is what the kernel itself remembers of that.
     """
 
     def decorate(run: Callable) -> Callable:
