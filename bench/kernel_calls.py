@@ -186,7 +186,10 @@ def winograd_cases():
 def one_by_one_cases():
     for last in (False, True):
         x, y = Tensor(2, 45, 27, 29, last=last), Tensor(2, 70, 27, 29, last=last)
-        yield "conv2d_1x1", f"2x45x27x29->70 {'NHWC' if last else 'NCHW'}", (y, x, Tensor(70, 45, 1, 1), Tensor(70), 1)
+        text, weight, bias = f"2x45x27x29->70 {'NHWC' if last else 'NCHW'}", Tensor(70, 45, 1, 1), Tensor(70)
+        yield "conv2d_1x1", text, (y, x, weight, bias, 1)
+    residual = Tensor(2, 70, 27, 29, last=True)
+    yield "conv2d_1x1_act", text + " SiLU", (y, x, weight, bias, residual, SILU, 0.0, 1)
 
 
 def depthwise_cases():

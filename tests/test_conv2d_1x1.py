@@ -1,10 +1,13 @@
 """The 1x1 kernels by themselves, on every instruction set, in either layout, against float64."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 _C = pytest.importorskip("pyfused._C")
+ACTIVATIONS = importlib.import_module("pyfused.ops.conv_act").ACTIVATIONS
 pytestmark = pytest.mark.usefixtures("isa")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -67,6 +70,39 @@ def test_bits_depend_on_neither_threads_nor_weight_strides(n, c, h, w, o, why, t
     assert torch.equal(out, forward(x, strided, bias, layout, threads))
 
 
+def act(x, weight, bias, residual, activation, slope=0.0, threads=1, outputs=None):
+    out = empty(x.shape[0], outputs or weight.shape[0], *x.shape[2:], layout=torch.channels_last)
+    _C.conv2d_1x1_act(out, x, weight, bias, residual, activation, slope, threads)
+    return out
+
+
+@cases
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_residual_and_activation(n, c, h, w, o, why, with_residual):
+    x, weight, bias = make(n, c, h, w, o, torch.channels_last)
+    residual = torch.randn(n, o, h, w).to(memory_format=torch.channels_last) if with_residual else None
+    exact = F.conv2d(x.double(), weight.double(), bias.double()) + (0 if residual is None else residual.double())
+    assert_close(act(x, weight, bias, residual, ACTIVATIONS.index("none")), exact, c)
+    silu = act(x, weight, bias, residual, ACTIVATIONS.index("silu"))
+    assert_close(silu, F.silu(exact), c)
+    assert torch.equal(silu, act(x, weight, bias, residual, ACTIVATIONS.index("silu"), threads=3))
+    leaky = act(x, weight, bias, residual, ACTIVATIONS.index("leaky_relu"), 0.25)
+    assert_close(leaky, F.leaky_relu(exact, 0.25), c)
+
+
+@layouts
+@cases
+def test_a_packed_weight_gives_the_same_bits(n, c, h, w, o, why, layout):
+    x, weight, bias = make(n, c, h, w, o, layout)
+    packed = torch.full((-(-o // 16) * 16 * c,), torch.nan)
+    _C.conv2d_1x1_pack(packed, weight, 2)
+    out = empty(n, o, h, w, layout=layout)
+    _C.conv2d_1x1(out, x, packed, bias, 1)
+    assert torch.equal(out, forward(x, weight, bias, layout))
+    if layout == torch.channels_last:
+        assert torch.equal(act(x, packed, bias, out, 5, outputs=o), act(x, weight, bias, out, 5))
+
+
 @layouts
 def test_nan_and_zero(layout):
     x = torch.tensor([float("nan"), 1, -1, 0.0]).repeat(6).view(1, 1, 4, 6).to(memory_format=layout)
@@ -95,3 +131,14 @@ def test_arguments_are_checked():
     for argument, arguments in bad.items():
         with pytest.raises(ValueError, match=f"conv2d_1x1: {argument}:"):
             _C.conv2d_1x1(*arguments, 1)
+    packed = torch.empty(16 * 4)
+    with pytest.raises(ValueError, match="weight"):
+        _C.conv2d_1x1(out, x, packed[1:], bias, 1)
+    with pytest.raises(ValueError, match="packed"):
+        _C.conv2d_1x1_pack(packed[1:], weight, 1)
+    with pytest.raises(ValueError, match="residual"):
+        act(x, weight, bias, out.contiguous(), 1)
+    with pytest.raises(ValueError, match="out"):
+        _C.conv2d_1x1_act(out.contiguous(), x.contiguous(), weight, bias, None, 1, 0.0, 1)
+    with pytest.raises(ValueError, match="activation"):
+        act(x, weight, bias, None, len(ACTIVATIONS))

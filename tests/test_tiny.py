@@ -138,22 +138,28 @@ def test_remembered_ways_are_bounded(picked):
     assert len(inspect.getclosurevars(_way).nonlocals["answers"]) <= SIGNATURES
 
 
-def test_conv_act_reaches_its_kernels_for_winograd_and_for_gelu_in_channels_last(picked):
+def test_conv_act_reaches_its_kernels_for_winograd_and_for_gelu_in_channels_last(picked, monkeypatch):
     pytest.importorskip("pyfused._C")
+    from pyfused.backends.cpu import widen
 
-    def runs(shape, weight, layout=torch.channels_last, dtype=torch.float32, **options):
+    monkeypatch.setattr(widen, "SLOW", frozenset())
+
+    def runs(shape, weight, layout=torch.channels_last, dtype=torch.float32, train=True, **options):
         picked.clear()
-        x, weight = torch.randn(shape, dtype=dtype), torch.randn(weight, dtype=dtype, requires_grad=True)
+        x, weight = torch.randn(shape, dtype=dtype), torch.randn(weight, dtype=dtype, requires_grad=train)
         if x.dim() == 4:
             x = x.to(memory_format=layout)
-        PF.conv_act(x, weight, **options).sum().backward()
-        return picked == ["conv_act", "conv_act_backward"]
+        output = PF.conv_act(x, weight, **options)
+        if train:
+            output.sum().backward()
+        return picked == ["conv_act", "conv_act_backward"][: 1 + train]
 
     large, three, one = (4, 64, 42, 42), (64, 64, 3, 3), (64, 64, 1, 1)
     nchw = torch.contiguous_format
     for layout in (torch.channels_last, nchw):
         assert runs(large, three, layout, activation="silu")
         assert not runs(large, one, layout, activation="silu")
+        assert runs(large, one, layout, train=False, activation="silu") == (layout == torch.channels_last)
         assert not runs((1, 64, 8, 8), three, layout, activation="silu")
     residual = torch.randn(4, 64, 40, 40)
     assert runs(large, three, activation="relu", residual=residual)
@@ -161,6 +167,8 @@ def test_conv_act_reaches_its_kernels_for_winograd_and_for_gelu_in_channels_last
     assert runs(large, one, activation="gelu")
     assert not runs(large, one, nchw, activation="gelu")
     assert not runs(large, one, dtype=torch.bfloat16, activation="gelu")
+    monkeypatch.setattr(widen, "SLOW", frozenset([torch.bfloat16]))
+    assert runs((4, 64, 43, 42), one, dtype=torch.bfloat16, activation="gelu")  # how `large` runs is remembered
     assert not runs((2, 256, 30, 30), (64, 256, 1, 1), activation="gelu")
     assert not runs((4, 64, 3000), (64, 64, 3), activation="gelu")
     assert runs((4, 64, 112, 112), one, activation="silu")

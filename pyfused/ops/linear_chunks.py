@@ -84,20 +84,20 @@ def _add_grads(d_logits, rows, input, linear_weight, grads, needed):
         sums = d_logits.new_empty(d_input[rows].shape) if mixed else d_input[rows]
         for classes in _blocks(linear_weight, mixed):
             weight = _like(d_logits, linear_weight[classes])
-            _add_product(sums, d_logits[:, classes], weight, classes.start == 0)
+            add_product(sums, d_logits[:, classes], weight, classes.start == 0)
         if mixed:
             d_input[rows] = sums
     if needed[1]:
         input = _like(d_logits, input[rows])
         # On a CPU a product of another dtype is added to the gradient while it is still in the cache.
         for classes in _blocks(d_weight, d_weight.is_cpu and d_weight.dtype != d_logits.dtype):
-            _add_product(d_weight[classes], d_logits[:, classes].t(), input, first)
+            add_product(d_weight[classes], d_logits[:, classes].t(), input, first)
     if needed[2]:
         part = d_logits.sum(0, dtype=ce.arithmetic_dtype(d_logits))
         d_bias.copy_(part) if first else d_bias.add_(part)
 
 
-def _add_product(out, a, b, overwrite):
+def add_product(out, a, b, overwrite):
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if overwrite else out.addmm_(a, b)
     else:

@@ -98,5 +98,20 @@ PYFUSED_INLINE V derivative(int kind, C slope, V z) {
   }
 }
 
+// The epilogue of a convolution: what becomes of the `count` channels from `offset` on of an output like the residual.
+struct AddAndActivate {
+  const float* residual;  // or nullptr
+  int activation;
+  float slope;
+  PYFUSED_INLINE Vec<float> operator()(Vec<float> value, int64_t offset, int64_t count) const {
+    const float* add = residual + offset;
+    if (residual) value += count >= lanes<float> ? load(add) : load_first(add, count);
+    return activate<float>(activation, slope, value);
+  }
+  PYFUSED_INLINE void prefetch(int64_t offset) const {
+    if (residual) __builtin_prefetch(residual + offset);
+  }
+};
+
 }  // namespace PYFUSED_ISA
 }  // namespace pyfused

@@ -1,9 +1,11 @@
-// 1x1 convolution, stride 1, no padding: a matrix product over pixels, with bias and ReLU in its epilogue; float32.
+// 1x1 convolution, stride 1, no padding: a matrix product over pixels, with bias, residual and activation in its epilogue;
+// float32.
 //
-//   out[p, o] = relu(∑_c x[p, c] w[o, c] + b[o])
+//   out[p, o] = act(∑_c x[p, c] w[o, c] + b[o] [+ r[p, o]])
 //
 // Layout  channels_last: pixels are rows as they lie. NCHW: blocks of pixels are transposed into rows on their way into
-//         cache, and results on their way out; the weight is packed into panels W[⌈outputs/16⌉][C][16].
+//         cache, and results on their way out; the weight is packed into panels W[⌈outputs/16⌉][C][16],
+//         unless it comes so.
 // Tiles   threads take blocks of pixels that fit half an L2 with their channels; 6 pixels x 4 (AVX2: 2) vectors of outputs
 //         stay in registers over all of C. No sum is split over threads: the bits do not depend on their number.
 // Flops   2 per pixel, C and O. Traffic: every operand once.
@@ -11,6 +13,7 @@
 // Backward is PyTorch's: products of this kind, the mask and the bias gradient inside, took 1.2 to 1.5 times as long as
 //         oneDNN's two and a pass for the mask, on most shapes and on either layout.
 #include "cpu/kernels.h"
+#include "cpu/kernels/activation.h"
 #include "cpu/kernels/conv2d_layout.h"
 #include "cpu/kernels/multiply.h"
 #include "cpu/parallel.h"
@@ -71,11 +74,11 @@ void pack(float* packed, const View& weight, int threads) {
                });
 }
 
-// block of `to` = rows[count][depth] times the packed matrix, then epilogue(value, column). `buffer` has room for the
-// block as rows of round_up(channels, 16).
+// block of `to` = epilogue(rows[count][depth] times the packed matrix, plus shift, offset in `to`, channels left). `buffer`
+// has room for the block as rows of round_up(channels, 16); from there offsets are not those in `to`.
 template <class Epilogue>
 void multiply_block(const Pixels& to, int64_t block, const float* rows, int64_t pitch, int64_t depth,
-                    const float* packed, float* buffer, const Epilogue& epilogue) {
+                    const float* packed, const float* shift, float* buffer, const Epilogue& epilogue) {
   int64_t count = to.count(block), padded = round_up(to.channels, kPanel);
   constexpr int per_panel = kPanel / lanes<float>;
   int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next vector of columns
@@ -91,13 +94,16 @@ void multiply_block(const Pixels& to, int64_t block, const float* rows, int64_t 
         float* p = out + r * out_row + c;
         auto finish = [&](int i, int h, V sum) __attribute__((always_inline)) {
           int64_t column = c + h * lanes<float>;
-          V value = epilogue(sum, column);
-          if (column + lanes<float> <= whole)
-            store(p + i * out_row + h * lanes<float>, value);
-          else if (column < whole)
-            store_first(p + i * out_row + h * lanes<float>, value, whole - column);
+          if (column >= whole) return;
+          float* at = p + i * out_row + h * lanes<float>;
+          V value = epilogue(sum + load(shift + column), at - to.data, whole - column);
+          whole - column >= lanes<float> ? store(at, value) : store_first(at, value, whole - column);
         };
         const float* a = rows + r * pitch;
+#pragma GCC unroll 6
+        for (int i = 0; i < row_count.value; ++i)
+#pragma GCC unroll 4
+          for (int h = 0; h < vectors.value; ++h) epilogue.prefetch(p + i * out_row + h * lanes<float> - to.data);
         if (first)
           multiply_with<row_count.value, vectors.value, true>(a, pitch, 1, b, next, kPanel, depth, finish,
                                                               a + kRows * pitch);
@@ -120,38 +126,77 @@ PYFUSED_INLINE bool is_weight(const View& w, int64_t outputs, int64_t channels) 
   return w.dtype == DType::f32 && w.ndim == 4 && w.shape[0] == outputs && w.shape[1] == channels && w.shape[2] == 1 &&
          w.shape[3] == 1;
 }
+PYFUSED_INLINE bool is_packed(const View& w, int64_t outputs, int64_t channels) {
+  return w.dtype == DType::f32 && w.contiguous() && w.numel() == round_up(outputs, kPanel) * channels;
+}
 PYFUSED_INLINE bool is_bias(const View& b, int64_t outputs) {
   return !b || (b.dtype == DType::f32 && b.ndim == 1 && b.numel() == outputs && b.contiguous());
 }
 
-}  // namespace
+struct Relu {
+  PYFUSED_INLINE V operator()(V value, int64_t, int64_t) const { return relu<float>(value); }
+  PYFUSED_INLINE void prefetch(int64_t) const {}
+};
 
-// out [N, O, H, W] from input [N, C, H, W], both contiguous or both channels_last; weight [O, C, 1, 1] of any strides.
-Status conv2d_1x1(View out, View input, View weight, View bias, int threads) {
+template <class Epilogue>
+Status convolve_1x1(View out, View input, View weight, View bias, const Epilogue& epilogue, int threads) {
   PYFUSED_REQUIRE(dense(input), "input", "must be float32, contiguous or channels_last");
   PYFUSED_REQUIRE(dense(out) && same_pixels(out, input), "out", "must be float32 with the input's N, H and W");
   bool nhwc = is_nhwc(input) && is_nhwc(out);
   PYFUSED_REQUIRE(nhwc || (is_nchw(input) && is_nchw(out)), "out", "must have the layout of input");
   int64_t channels = input.shape[1], outputs = out.shape[1];
-  PYFUSED_REQUIRE(is_weight(weight, outputs, channels), "weight", "must be float32 [O, C, 1, 1]");
+  int64_t padded = round_up(outputs, kPanel);
+  bool finished = weight.ndim == 1;
+  PYFUSED_REQUIRE(finished ? is_packed(weight, outputs, channels) : is_weight(weight, outputs, channels), "weight",
+                  "must be float32 [O, C, 1, 1], or packed");
   PYFUSED_REQUIRE(is_bias(bias, outputs), "bias", "must be O contiguous float32");
-  int64_t size = max<int64_t>(kBlock, (32 << 10) / (channels + 1) / kBlock * kBlock),
-          padded = round_up(outputs, kPanel);
+  int64_t size = max<int64_t>(kBlock, (32 << 10) / (channels + 1) / kBlock * kBlock);
   Pixels x(input, nhwc, min<int64_t>(size, 4 * kBlock)), y(out, nhwc, min<int64_t>(size, 4 * kBlock));
   int64_t pitch = round_up(channels, lanes<float>), buffer = nhwc ? 0 : x.size * (pitch + padded);
-  auto* packed = static_cast<float*>(scratch(0, sizeof(float) * (padded * (channels + 1) + threads * buffer)));
-  float *shift = packed + padded * channels, *memory = shift + padded;
-  pack(packed, weight, threads);
+  int64_t own = finished ? 0 : padded * channels;
+  auto* room = static_cast<float*>(scratch(0, sizeof(float) * (own + padded + threads * buffer)));
+  float *shift = room + own, *memory = shift + padded;
+  if (!finished) pack(room, weight, threads);
+  const float* packed = finished ? weight.as<float>() : room;
   for (int64_t o = 0; o < padded; ++o) shift[o] = bias && o < outputs ? bias.as<float>()[o] : 0.f;
   parallel_for(x.blocks, 1, threads, [&](int64_t begin, int64_t end, int thread) {
     float *rows = memory + thread * buffer, *results = rows + x.size * pitch;
     for (int64_t block = begin; block < end; ++block) {
       if (!nhwc) read_block(rows, pitch, x, block);
-      multiply_block(y, block, nhwc ? x.at(block) : rows, nhwc ? channels : pitch, channels, packed, results,
-                     [&](V v, int64_t o) __attribute__((always_inline)) { return relu<float>(v + load(shift + o)); });
+      multiply_block(y, block, nhwc ? x.at(block) : rows, nhwc ? channels : pitch, channels, packed, shift, results,
+                     epilogue);
     }
   });
   return {};
+}
+
+}  // namespace
+
+// The weight [O, C, 1, 1] of any strides as the products take it: round_up(O, 16) * C floats.
+Status conv2d_1x1_pack(View packed, View weight, int threads) {
+  PYFUSED_REQUIRE(weight.ndim == 4 && is_weight(weight, weight.shape[0], weight.shape[1]), "weight",
+                  "must be float32 [O, C, 1, 1]");
+  PYFUSED_REQUIRE(packed.ndim == 1 && is_packed(packed, weight.shape[0], weight.shape[1]), "packed",
+                  "must be round_up(O, 16) * C contiguous float32");
+  pack(packed.as<float>(), weight, threads);
+  return {};
+}
+
+// out [N, O, H, W] from input [N, C, H, W], both contiguous or both channels_last, through the ReLU; weight [O, C, 1, 1]
+// of any strides, or packed.
+Status conv2d_1x1(View out, View input, View weight, View bias, int threads) {
+  return convolve_1x1(out, input, weight, bias, Relu{}, threads);
+}
+
+// The same in channels_last with a residual like `out`, or none, and one of the activations of activation.h.
+Status conv2d_1x1_act(View out, View input, View weight, View bias, View residual, int activation, double slope,
+                      int threads) {
+  PYFUSED_REQUIRE(out.ndim == 4 && is_nhwc(out) && is_nhwc(input), "out", "must be channels_last, like input");
+  PYFUSED_REQUIRE(!residual || (residual.dtype == DType::f32 && same_shape(residual, out) && is_nhwc(residual)),
+                  "residual", "must be like out");
+  PYFUSED_REQUIRE(activation >= 0 && activation < kActivations, "activation", "is unknown");
+  AddAndActivate epilogue{residual.as<float>(), activation, static_cast<float>(slope)};
+  return convolve_1x1(out, input, weight, bias, epilogue, threads);
 }
 
 }  // namespace PYFUSED_ISA

@@ -15,6 +15,9 @@ aten        PyTorch's convolution (oneDNN) in the layout given, then one pass of
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 
 from ... import _C
@@ -28,6 +31,7 @@ from .widen import is_slow, widened
 WINOGRAD_SAVES = 1200  # products per pair of channels
 REMEMBERED_SAVES = 500  # the same without gradients, where the weight's transform is remembered
 LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth remembering
+LEAST_TRAINED_1X1 = 1_500_000  # numbers of output
 
 
 def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
@@ -75,11 +79,16 @@ def _is_depthwise(input, weight, stride, dilation) -> bool:
 
 
 def _cedes(*args) -> bool:
-    """Whether eager PyTorch does as well: its own convolution would run, or the 1x1 kernel, which transposes NCHW."""
+    """Whether eager PyTorch does as well: its own convolution would run, or the 1x1 kernel, which transposes NCHW, and
+    for small outputs in training does not make up for what an autograd.Function costs (0.92 to 0.99 of eager's speed).
+    """
     if is_slow(args[0]):
         return False
     chosen = algorithm(*args[:7])
-    return chosen == "aten" or (chosen == "1x1" and op.memory_format(*args[:2]) == torch.contiguous_format)
+    if chosen != "1x1":
+        return chosen == "aten"
+    small = math.prod(op.output_shape(*args[:2], *args[3:6])) < LEAST_TRAINED_1X1
+    return op.memory_format(*args[:2]) == torch.contiguous_format or (needs_grad(*args[:3]) and small)
 
 
 def _pool_cedes(*args) -> bool:
@@ -147,17 +156,31 @@ def winograd_tile(output: torch.Tensor) -> int:
 
 def transformed(weight: torch.Tensor, tile: int = 4) -> torch.Tensor:
     """What the Winograd kernels take for a weight: itself, or its transform if that is remembered."""
+    size = (tile + 2) ** 2 * (weight.shape[1] * _padded_outputs(weight) + 16)
+    return _prepared(weight, f"winograd {tile}", size, _C.conv2d_winograd_transform_weight, tile)
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """The same for the 1x1 kernels."""
+    return _prepared(weight, "1x1", weight.shape[1] * _padded_outputs(weight), _C.conv2d_1x1_pack)
+
+
+def _padded_outputs(weight: torch.Tensor) -> int:
+    return -(-weight.shape[0] // 16) * 16
+
+
+def _prepared(weight: torch.Tensor, kind: str, size: int, prepare: Callable, *options) -> torch.Tensor:
+    """prepare(result [size], weight, *options, threads) if that is remembered or now made to be, else the weight."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if weight.nbytes < LARGE_WEIGHT or not dense:
         return weight
 
     def make():
-        outputs, channels = weight.shape[:2]
-        result = cached(weight.new_empty((tile + 2) ** 2 * (channels * (-(-outputs // 16) * 16) + 16)))
-        _C.conv2d_winograd_transform_weight(result, weight, tile, torch.get_num_threads())
+        result = cached(weight.new_empty(size))
+        prepare(result, weight, *options, torch.get_num_threads())
         return result
 
-    result = derived(weight, f"winograd {tile}", make)
+    result = derived(weight, kind, make)
     return weight if result is None else result
 
 
@@ -174,7 +197,7 @@ def forward(*args):
         _C.conv2d_direct(out, None, input, weight, bias, *stride, *padding, threads)
         return out
     if chosen == "1x1":
-        _C.conv2d_1x1(out, _dense(input, out), weight, bias, threads)
+        _C.conv2d_1x1(out, _dense(input, out), packed(weight), bias, threads)
         return out
     if chosen == "depthwise":
         _C.conv2d_depthwise(out, _dense(input, out), weight, bias, stride[0], *padding, threads)

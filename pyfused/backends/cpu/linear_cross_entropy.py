@@ -111,7 +111,7 @@ class _Classes:
             if needed[0]:
                 sums += torch.mm(logits, weight[classes].to(logits.dtype))
             if needed[1]:
-                op._add_product(d_weight[classes], logits.t(), input, True)
+                op.add_product(d_weight[classes], logits.t(), input, True)
             if needed[2]:
                 d_bias[classes] = logits.sum(0, dtype=stats.dtype)
         if needed[0]:
