@@ -42,6 +42,7 @@ def plain(mangled: list[str]) -> list[str]:
 def test_the_build_holds_code_for_every_architecture_from_80_on():
     """Machine code of the same major version, or the PTX of an older one."""
     cmake = (CSRC.parent / "CMakeLists.txt").read_text()
+    assert cmake.count("set(PYFUSED_CUDA_ARCHITECTURES ") == 1, "one list, to which newer compilers append"
     pattern = r"(?:set\(|APPEND )PYFUSED_CUDA_ARCHITECTURES ([\w -]+)\)"
     listed = [x for found in re.findall(pattern, cmake) for x in found.split()]
     split = [(int(x.partition("-")[0]), x.partition("-")[2]) for x in listed]

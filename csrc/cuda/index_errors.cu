@@ -53,7 +53,8 @@ Status take_index_error() {
   IndexError& e = *index_error();
   volatile unsigned long long& state = e.state;
   if (state != 2) return {};
-  std::atomic_thread_fence(std::memory_order_acquire);  // an ARM host may read the rest before, or write the 0 before that
+  // Without fences an ARM host may read the rest before it has seen the 2, or after it has written the 0.
+  std::atomic_thread_fence(std::memory_order_acquire);
   const Status status = out_of_range(names[static_cast<int>(e.argument)], e.position, e.value, e.limit);
   std::atomic_thread_fence(std::memory_order_release);
   state = 0;
