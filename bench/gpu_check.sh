@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU can tell, in under nine minutes and without network:
-#     bench/gpu_check.sh OUT_DIR
+# Everything that a machine with a GPU can tell, without network, in calls of under nine minutes:
+#     bench/gpu_check.sh OUT_DIR [STAGE...]
 # Builds, runs the tests, compute-sanitizer and the benchmarks. A stage that fails or runs out of time does not stop the
-# next. Leaves in OUT_DIR a log per stage, summary.txt, and in OUT_DIR/bench the rows and their table. torch, numpy,
-# pytest and the build's requirements (setuptools, cmake, ninja, pybind11) must be installed. Without nvcc the GPU runs
-# the Triton kernels only. Rivals are raced where they can be imported: liger-kernel, quack-kernels, cut-cross-entropy,
-# flash-attn, apex.
+# next; those for which no time was left are for a second call, by their names (on another machine: build first). Leaves
+# in OUT_DIR a log per stage, summary.txt, and in OUT_DIR/bench the rows and their table. torch, numpy, pytest and the
+# build's requirements (setuptools, cmake, ninja, pybind11) must be installed. Without nvcc the GPU runs the Triton
+# kernels only. Rivals are raced where they can be imported: liger-kernel, quack-kernels, cut-cross-entropy, flash-attn,
+# apex.
 set -u
-out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUT_DIR}" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUT_DIR [STAGE...]}" && cd "$1" && pwd)
+wanted=" ${*:2} "
 root=$(cd "$(dirname "$0")/.." && pwd)
 deadline=520 # seconds for everything
 export CUDA_MODULE_LOADING=LAZY PYTHONDONTWRITEBYTECODE=1
 cd "$out" # not in the checkout: its folder pyfused would be imported instead of what was installed
-: >summary.txt
+touch summary.txt
 
 stage() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 before=$SECONDS status
   shift 2
-  if ((SECONDS + limit > deadline)); then limit=$((deadline - SECONDS)); fi
-  if ((limit < 10)); then
+  if [[ $wanted != "  " && $wanted != *" $name "* ]]; then return; fi
+  if ((SECONDS + limit / 2 > deadline)); then
     echo "$name: no time left" | tee -a summary.txt
     return
   fi
+  if ((SECONDS + limit > deadline)); then limit=$((deadline - SECONDS)); fi
   timeout -k 5 "$limit" "$@" >"$name.log" 2>&1
   status=$?
   printf '%-22s exit %3d  %4d s  %s\n' "$name" "$status" $((SECONDS - before)) "$(tail -n 1 "$name.log" | cut -c1-150)" |
@@ -44,8 +47,8 @@ build() {
   rm -rf source
   python -m pyfused info
 }
-# Forward and backward of the small cases on one backend, once.
-cases() { # BACKEND
+# Forward and backward of every STEPth small case on one backend, once.
+cases() { # BACKEND STEP
   cat <<PYTHON
 import sys
 sys.path.insert(0, "$root/tests")
@@ -55,7 +58,7 @@ from cases import CASES
 import pyfused
 ran = 0
 with pyfused.use_backend("$1"):
-    for case in CASES:
+    for case in CASES[::$2]:
         for dtype in case.dtypes[::2]:
             arguments = case.arguments(dtype)
             size = sum(x.numel() for x in arguments.values() if isinstance(x, torch.Tensor))
@@ -66,29 +69,34 @@ with pyfused.use_backend("$1"):
 print(ran, "cases ran on $1")
 PYTHON
 }
-sanitize() { # TOOL
-  cases cuda >cases.py
+sanitize() { # TOOL BACKEND STEP KERNELS...
+  local tool=$1 script=cases-$1-$2.py
+  cases "$2" "$3" >"$script"
+  shift 3
   # The convolutions by our kernels, also where cuDNN's would be chosen.
   export PYFUSED_CUDA_CONV=own PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  # Our kernels only: to instrument PyTorch's takes most of the time.
-  compute-sanitizer --tool "$1" --kernel-name kns=pyfused --error-exitcode 9 --print-limit 20 python cases.py
+  compute-sanitizer --tool "$tool" "$@" --error-exitcode 9 --print-limit 20 python "$script"
 }
 
 export -f machine build cases sanitize
 export root out sources="setup.py CMakeLists.txt pyproject.toml README.md LICENSE csrc pyfused bench"
-stage machine 30 bash -c machine
+stage machine 20 bash -c machine
 stage build 150 bash -c build
 # Not what needs no GPU: compiling for other ones, the emulation and the interpreter, which would use up the time.
 gpu="cuda or triton or gpu"
+triton="triton and not emulat and not compile and not interpreter"
 test=(python -m pytest -q -p no:cacheprovider "$root/tests")
 stage tests-gpu 120 "${test[@]}" -k "($gpu) and not emulat and not resources and not triton"
+stage tests-triton 100 "${test[@]}" -k "$triton" --few
 stage tests-gemm 40 env PYFUSED_CUDA_CONV=own "${test[@]}" -k "cuda and conv2d and not emulat"
-stage memcheck 50 bash -c "sanitize memcheck"
-stage racecheck 50 bash -c "sanitize racecheck"
+# Our kernels only, by their mangled names: to instrument PyTorch's takes most of the time.
+stage memcheck 45 bash -c "sanitize memcheck cuda 1 --kernel-name kns=pyfused"
+stage memcheck-triton 45 bash -c "sanitize memcheck triton 6 --kernel-name-exclude kns=_ZN2at"
+stage racecheck 50 bash -c "sanitize racecheck cuda 1 --kernel-name kns=pyfused"
+stage tests-autotune 60 env PYFUSED_AUTOTUNE=1 "${test[@]}" -k "conv2d and (cuda or ($triton)) and not emulat" --few
 stage conv-algorithms 30 python -m pyfused.bench.conv_algorithms conv_algorithms.csv
 stage bench 190 python -m pyfused.bench.gpu bench --minutes 3
-stage tests-triton 120 "${test[@]}" -k "triton and not emulat and not compile and not interpreter" --few
 stage bench-no-compile 60 python -m pyfused.bench.gpu bench-no-compile --minutes 1 --no-compile
-stage tests-rest $((deadline - SECONDS)) "${test[@]}" -x -k "not ($gpu)"
+stage tests-rest 120 "${test[@]}" -x -k "not ($gpu)"
 cat bench*/table.txt 2>/dev/null
 echo "total $SECONDS s; logs, rows and tables in $out"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,3 +357,22 @@ def test_ceilings_are_measured_once_per_thread_count_and_size():
     first = machine.copy_rate(3 << 20, CPU)
     assert first > 0 and machine.copy_rate((3 << 20) + 1, CPU) == first
     assert machine.matmul_rate(torch.float32, CPU) > 0
+
+
+def test_stages_of_the_gpu_check(tmp_path):
+    """In order of importance: building, the tests of both GPU backends and memcheck fit into one call's 520 seconds."""
+    stub = tmp_path / "timeout"  # instead of running a stage: its time limit
+    stub.write_text('#!/bin/sh\necho "$3"\n')
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def seconds(*stages):
+        command = ["bash", Path(__file__).with_name("gpu_check.sh"), tmp_path / "-".join(("out", *stages)), *stages]
+        run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return {line.split()[0]: int(line.split()[-1]) for line in run.stdout.splitlines()[:-1]}
+
+    everything = seconds()
+    names = list(everything)
+    assert names[:4] == ["machine", "build", "tests-gpu", "tests-triton"] and "tests-autotune" in names
+    assert sum(everything[n] for n in names[: names.index("memcheck-triton") + 1]) <= 520
+    assert list(seconds("bench", "memcheck")) == ["memcheck", "bench"]

@@ -41,6 +41,9 @@ class Kernel:
 TABLE: dict[str, dict[str, Kernel]] = {}
 # Backends that are unusable here, whatever the arguments, with the reason. Filled in by pyfused.backends.
 UNAVAILABLE: dict[str, str] = {}
+# Backends that may be unusable on one of the GPUs: a function of its number that says why, or None. It is asked when
+# something is to run there: to ask while importing would make a context on a GPU that the process may never use.
+ON_DEVICE: dict[str, Callable[[int], str | None]] = {}
 
 
 def kernel(
@@ -90,12 +93,19 @@ def why_not(op: str, backend: str, args: tuple) -> str | None:
     """Why `backend` cannot run `op` on these arguments; None if it can."""
     if backend in UNAVAILABLE:
         return UNAVAILABLE[backend]
+    if reason := backend in ON_DEVICE and _why_not_on_device(backend, args):
+        return reason
     if backend not in TABLE[op]:
         return f"the {backend} backend has no kernel for {op}"
     device = _device_type(args)
     if backend not in ORDER.get(device, ("reference",)):
         return f"the tensors are on the device {device!r}, which the {backend} backend does not serve"
     return TABLE[op][backend].cannot(*args)
+
+
+def _why_not_on_device(backend: str, args: tuple) -> str | None:
+    device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
+    return ON_DEVICE[backend](device.index) if device is not None and device.type == "cuda" else None
 
 
 def _device_type(args: tuple) -> str:
@@ -114,7 +124,9 @@ def pick(op: str, args: tuple) -> Callable:
         return TABLE[op][_forced].run
     kernels = TABLE[op]
     for backend in ORDER.get(_device_type(args), ("reference",)):
-        if backend in kernels and backend not in UNAVAILABLE and kernels[backend].cannot(*args) is None:
+        if backend not in kernels or backend in UNAVAILABLE or kernels[backend].cannot(*args) is not None:
+            continue
+        if backend not in ON_DEVICE or _why_not_on_device(backend, args) is None:
             return kernels[backend].run
     raise RuntimeError(f"pyfused.{op}: no backend can run this: {explain(op, *args)}")
 
@@ -177,5 +189,13 @@ def ops() -> list[str]:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend, with the reason why it is unusable on this machine (None: usable)."""
-    return {name: UNAVAILABLE.get(name) for name in BACKENDS}
+    """Every backend, with the reason why it is unusable on this machine, of its GPUs the current one (None: usable)."""
+    return {name: UNAVAILABLE.get(name) or _why_not_on_current_device(name) for name in BACKENDS}
+
+
+def _why_not_on_current_device(backend: str) -> str | None:
+    if backend not in ON_DEVICE:
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch cannot use the GPU (torch.cuda.is_available() is False)"
+    return ON_DEVICE[backend](torch.cuda.current_device())

@@ -228,6 +228,13 @@ def test_passes_around_cudnn_keep_nan_and_take_any_address(device, adapter, monk
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_more_channels_than_a_grid_has_rows_for(device):
+    """Named, and not left to a launch that fails."""
+    x = torch.zeros(1, 65535 * 32 + 1, device=device)
+    with pytest.raises(ValueError, match="too many channels"):
+        _binary._C.cuda_conv2d_bias_relu(x, x[0])
+
+
 # --- Which algorithm
 @pytest.mark.parametrize(
     "shape, c_out, kernel, options, expected",
@@ -278,3 +285,50 @@ def test_measured_choice(device, adapter, monkeypatch, faster):
     assert len(asked) == 4 and set(adapter._measured.values()) == {faster}
     check_exact(problem(device, (1, 8, 5, 7), 8, (3, 3)))
     assert len(asked) == 8
+
+
+def test_a_measurement_holds_for_one_device():
+    adapter = pyfused.backends.cuda.conv2d_relu
+    plans = [adapter.Plan({}, ("cudnn", ""), (torch.empty(2, device=d), [1, 1])) for d in ("cpu", "cpu", "meta")]
+    first, same, other = (plan._measurement() for plan in plans)
+    assert first == same != other
+
+
+@pytest.mark.parametrize("measured", [None, "implicit_gemm", "cudnn"])
+@pytest.mark.parametrize("pool", [None, (2, 2), (3, 2), (2, 1)])
+@pytest.mark.parametrize("c_in", [3, 8, 80])
+def test_what_explain_names_is_what_runs(device, adapter, monkeypatch, c_in, pool, measured):
+    """Forward and backward, by the rule and measured; 80 channels: cuDNN's, but for what pools itself."""
+    ran = []
+
+    def recorded(name):
+        run = getattr(_binary._C, name)
+        return lambda *args: (ran.append(name), run(*args))[1]
+
+    for name in [n for n in dir(_binary._C) if n.startswith(("cuda_conv2d_direct", "cuda_conv2d_implicit_gemm"))]:
+        monkeypatch.setattr(_binary._C, name, recorded(name))
+
+    def seconds(run):
+        before = len(ran)
+        run()
+        return float((len(ran) > before) == (measured == "cudnn"))
+
+    def check(op, *args):
+        getattr(torch.ops.pyfused, op)(*args)  # measures
+        ran.clear()
+        results = getattr(torch.ops.pyfused, op)(*args)
+        said = re.match(r"chosen: (\w+), ", pyfused.explain(op, *args)["cuda"])[1]
+        (did,) = {"direct" if "direct" in name else "implicit_gemm" for name in ran} or {"cudnn"}
+        assert said == did
+        return results
+
+    settings = {"forced": None, "AUTOTUNE": measured is not None, "_measured": {}, "_seconds": seconds}
+    for name, value in settings.items():
+        monkeypatch.setattr(adapter, name, value)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x, w, bias = (t.detach().bfloat16() for t in problem(device, (1, c_in, 6, 7), 8, (3, 3)))
+    name, more = ("conv2d_relu_max_pool2d", ((pool[0],) * 2, (pool[1],) * 2)) if pool else ("conv2d_relu", ())
+    options = ((1, 1), (1, 1), (1, 1), 1, *more)
+    results = check(name, x, w, bias, *options)
+    out, saved = results if pool else (results, results)
+    check(f"{name}_backward", torch.ones_like(out), x, w, saved, *options, [True] * 3)

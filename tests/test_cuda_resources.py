@@ -23,6 +23,7 @@ class Kernel:
     registers: int
     stack: int
     spilled: int
+    shared: int  # bytes of static shared memory
     ptx: str = ""  # for the first architecture
 
 
@@ -38,9 +39,22 @@ def plain(mangled: list[str]) -> list[str]:
     return [re.sub(r"\(.*", "", name.removeprefix("void ")) for name in names]
 
 
+def test_the_build_holds_code_for_every_architecture_from_80_on():
+    """Machine code of the same major version, or the PTX of an older one."""
+    cmake = (CSRC.parent / "CMakeLists.txt").read_text()
+    assert cmake.count("set(PYFUSED_CUDA_ARCHITECTURES ") == 1, "one list, to which newer compilers append"
+    pattern = r"(?:set\(|APPEND )PYFUSED_CUDA_ARCHITECTURES ([\w -]+)\)"
+    listed = [x for found in re.findall(pattern, cmake) for x in found.split()]
+    split = [(int(x.partition("-")[0]), x.partition("-")[2]) for x in listed]
+    machine, ptx = ([n for n, kind in split if kind != other] for other in ("virtual", "real"))
+    known = subprocess.run([NVCC, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
+    for a in map(int, re.findall(r"sm_(\d+)\b", known)):
+        assert a < 80 or any(m // 10 == a // 10 and m <= a for m in machine) or any(p <= a for p in ptx), a
+
+
 REPORT = re.compile(
     r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
-    r" (\d+) bytes spill loads.*?Used (\d+) registers",
+    r" (\d+) bytes spill loads.*?Used (\d+) registers(?:, used \d+ barriers)?(?:, (\d+) bytes smem)?",
     re.S,
 )
 
@@ -68,8 +82,8 @@ def compile_source(source: Path, folder: Path) -> list[Kernel]:
     ptx = next(folder.glob(f"*compute_{archs[0]}*.ptx"), folder / f"{source.stem}.ptx").read_text()
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.S))
     kernels = []
-    for (mangled, arch, stack, stores, loads, registers), name in zip(found, plain([f[0] for f in found])):
-        numbers = int(registers), int(stack), int(stores) + int(loads)
+    for (mangled, arch, stack, stores, loads, registers, shared), name in zip(found, plain([f[0] for f in found])):
+        numbers = int(registers), int(stack), int(stores) + int(loads), int(shared or 0)
         kernels.append(Kernel(name, arch, *numbers, bodies[mangled] if arch == archs[0] else ""))
     return kernels
 
@@ -87,6 +101,28 @@ def kernels(tmp_path_factory) -> dict[str, list[Kernel]]:
 def test_no_spills_and_no_local_memory(kernels, source):
     bad = [k for k in kernels[source] if k.spilled or k.stack]
     assert not bad, [f"{k.name} on sm_{k.architecture}: {k.spilled} spilled, {k.stack} stack" for k in bad]
+
+
+# The most dynamic shared memory in KB that their launchers ask for: kSharedBytes; kStages x 3 operands x
+# Tile<true>::bytes; 3 x kMostPanels x kPanel. The emulation refuses more than 96.
+DYNAMIC = {
+    **{"conv2d_direct": 47, "conv2d_direct_backward": 47},
+    **{"conv2d_implicit_gemm": 72, "conv2d_implicit_gemm_backward_weight": 72},
+    **{"in_batch_cross_entropy": 96, "in_batch_cross_entropy_backward": 96},
+}
+
+
+@pytest.mark.parametrize("source", [s.stem for s in SOURCES])
+def test_static_and_dynamic_shared_memory_fit_together(kernels, source):
+    """What `launch` does not ask for must fit into 48 KB, all into the 99 KB of sm_86, 89 and 120."""
+    common = (CSRC / "cuda" / "common.cuh").read_text()
+    assert "if (shared_bytes > (48 << 10) - kMostStaticBytes)" in common
+    most_static = int(re.search(r"kMostStaticBytes = (\d+) << 10;", common)[1]) << 10
+    dynamic = {k.name for k in kernels[source] if "_rawE" in k.ptx}  # PYFUSED_DYNAMIC_SHARED
+    assert bool(dynamic) == (source in DYNAMIC)
+    for k in kernels[source]:
+        if k.name in dynamic:
+            assert k.shared <= most_static and k.shared + (DYNAMIC[source] << 10) <= 99 << 10, (k.name, k.shared)
 
 
 def of(kernels, source: str, name: str) -> list[Kernel]:

@@ -5,7 +5,7 @@ import torch
 from processes import python
 
 import pyfused
-from pyfused import dispatch
+from pyfused import _binary, dispatch
 
 ARGS = (torch.zeros(2), 3)
 
@@ -100,6 +100,69 @@ def test_environment_variables():
     assert run.stdout.strip() == "reference"
     run = python("import pyfused", PYFUSED_BACKEND="tpu")
     assert "no backend is called 'tpu'" in run.stderr
+
+
+GPU_NOT_ASKED = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("_C", {compiled!r})
+real = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(real)
+
+class WithCuda:
+    def __getattr__(self, name):
+        return (lambda: {{"cuda": "nvcc"}}) if name == "build_info" else getattr(real, name)
+    def why_no_cuda(self, device):
+        print("asked for", device)
+
+def forbidden(*args):
+    raise AssertionError("initialises CUDA")
+
+sys.modules["pyfused._C"] = WithCuda()
+torch.cuda.device_count = lambda: 1
+for name in ("is_available", "current_device", "_lazy_init", "init", "get_device_capability", "get_device_properties"):
+    setattr(torch.cuda, name, forbidden)
+import pyfused
+assert not {{"cuda", "triton"}} & set(pyfused.dispatch.UNAVAILABLE), pyfused.dispatch.UNAVAILABLE
+print("imported")
+torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 5
+assert pyfused.available_backends()["cuda"] is None
+torch.cuda.is_available = lambda: False
+print(pyfused.available_backends()["cuda"])
+"""
+
+
+@pytest.mark.skipif(_binary._C is None, reason=str(_binary.why_not))
+def test_importing_pyfused_does_not_initialise_cuda():
+    """It would make a context on GPU 0 in every rank, and forbid forks; a device is asked when it is needed."""
+    pytest.importorskip("triton")
+    run = python(GPU_NOT_ASKED.format(compiled=_binary._C.__file__))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[:2] == ["imported", "asked for 5"]
+    assert "is_available() is False" in run.stdout
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    number = 0
+    is_cpu = False
+    device = property(lambda self: torch.device("cuda", self.number))
+
+
+def test_each_gpu_is_asked_when_something_is_to_run_there(table, monkeypatch):
+    entries = {**dispatch.TABLE["probe"], "cuda": dispatch.Kernel(lambda x, n: "cuda")}
+    monkeypatch.setitem(dispatch.TABLE, "probe", entries)
+    monkeypatch.delitem(dispatch.UNAVAILABLE, "cuda", raising=False)
+    monkeypatch.setitem(dispatch.ON_DEVICE, "cuda", lambda device: "too old" if device == 1 else None)
+    first, second = (torch.zeros(2).as_subclass(OnGpu) for _ in range(2))
+    second.number = 1
+    assert dispatch.pick("probe", (first, 2))(None, 2) == "cuda"
+    assert dispatch.pick("probe", (second, 2))(None, 2) == "reference"
+    answer = pyfused.explain("probe", second, 2)
+    assert answer["cuda"] == "too old" and answer["reference"] == "chosen"
+    with pyfused.use_backend("cuda"), pytest.raises(RuntimeError, match="too old"):
+        dispatch.pick("probe", (second, 2))
+    assert pyfused.explain("probe", torch.zeros(2), 2)["cuda"].startswith("the tensors are on the device 'cpu'")
 
 
 def test_importing_pyfused_does_not_import_the_optional():

@@ -42,6 +42,10 @@ inline Status status_of(cudaError_t error) {
 #define PYFUSED_TRY(expression) \
   if (Status status_ = (expression); status_.code != Status::ok) return status_
 
+// A block may use 48 KB of shared memory without asking, its static arrays included. A kernel that has dynamic memory,
+// too, declares at most this much (tests/test_cuda_resources.py), so that no launch has to ask how much it is.
+constexpr size_t kMostStaticBytes = 8 << 10;
+
 template <class T>
 struct Same {
   using type = T;
@@ -56,7 +60,7 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, 
   return status_of(cudaGetLastError());
 #else
   const void* const function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 * 1024) {  // what a kernel may use without asking
+  if (shared_bytes > (48 << 10) - kMostStaticBytes) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     PYFUSED_TRY(status_of(cudaFuncSetAttribute(function, attribute, static_cast<int>(shared_bytes))));
   }

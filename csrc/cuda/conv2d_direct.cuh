@@ -10,8 +10,7 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int kChannels = 8;                     // output channels of a thread
 constexpr int kMostInputs = 4, kMostKernel = 7;  // channels of the input; rows and columns of the kernel
-// Dynamic: of the 48 KB that a block gets without asking, 1 KB is left for its arrays. Two or more blocks then share a
-// multiprocessor.
+// Dynamic; with the arrays 48 KB. Two or more blocks then share a multiprocessor.
 constexpr size_t kSharedBytes = 47 << 10;
 
 // A tile is tile_rows x tile_columns units of one image: output positions, or (fold 2) pooling windows of 2 x 2 of them.

@@ -6,7 +6,8 @@
 // Tiles   4 to 32 lanes to a pixel, 16 bytes each (one number where pixels are not whole 16-byte blocks), always the same
 //         channels; a block takes every gridDim.x-th group of pixels.
 // Traffic conv2d_bias_relu reads and writes M·K numbers (PyTorch: twice that, bias and ReLU apart); conv2d_relu_grad
-//         reads two and writes one (PyTorch: reads one more for the sum). Not measured.
+//         reads two and writes one (PyTorch: reads one more for the sum). 32 x 56 x 56 x 64, bfloat16: 26 and 39 MB, 6 and 9
+//         us at the 4.3 TB/s that an H200 copies. Not measured.
 // Sums    in float (double for double): a thread's pixels in order, the threads of a block, then the blocks, whose sums
 //         lie in a workspace [parts][K].
 // Edges   NaN stays, also through the mask. No pixels: d_bias is 0.
@@ -99,6 +100,7 @@ Status over_pixels(void (*vectors)(Pixels<T>), void (*numbers)(Pixels<T>), Pixel
   p.lanes = 4;
   while (p.lanes < 32 && p.lanes * width < p.channels) p.lanes *= 2;
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(ceil_div(p.channels, p.lanes * width)));
+  PYFUSED_REQUIRE(grid.y <= 65535, "x", "has too many channels");
   return launch(aligned ? vectors : numbers, grid, kBlock, 0, stream, p);
 }
 

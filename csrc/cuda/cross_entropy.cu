@@ -16,7 +16,9 @@
 // Online  Each thread keeps the maximum so far and ∑ exp(z - maximum), rescaled when the maximum grows; one comparison
 //         per 16 bytes. Labels: ∑ leaves the label out, see pyfused/ops/cross_entropy.py for what is saved and why.
 // Sums    rows within a thread, threads, blocks in double, in an order that depends on shape, strides and the address
-//         modulo 16; the block that ends last adds the blocks' sums. Its counter is cleared before the launch.
+//         modulo 16; the block that ends last adds the blocks' sums. Its counter is cleared before the launch:
+//         1 to 2 us more where there are several blocks. One that lives on, and that the last block clears, would be
+//         shared by two streams, or by a graph's replay and what runs beside it: both would count to too much.
 // Edges   as csrc/cpu/kernels/cross_entropy.cpp, but a label outside [0, C) that is not ignore_index makes the row's loss
 //         NaN, is left out of `total` and is reported (index_errors.cuh).
 #include "cuda/cross_entropy.cuh"

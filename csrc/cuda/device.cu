@@ -11,23 +11,23 @@ __global__ void probe() {}
 }  // namespace
 
 const char* why_not(int device) {
-  int count = 0, before = 0;
+  int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (device >= count) return "there is no such device";
-  cudaGetDevice(&before);
+  const DeviceGuard guard(device);
   error = cudaSetDevice(device);
   cudaFuncAttributes attributes;
   if (error == cudaSuccess)
     error = cudaFuncGetAttributes(&attributes, probe);  // fails without code for the architecture
-  cudaSetDevice(before);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 DeviceGuard::DeviceGuard(int device) {
   int current = device;
-  if (cudaGetDevice(&current) == cudaSuccess && current != device && cudaSetDevice(device) == cudaSuccess)
-    before_ = current;
+  cudaGetDevice(&current);
+  // Also where it is current already, as far as this copy of the runtime knows: PyTorch sets it through its own.
+  if (cudaSetDevice(device) == cudaSuccess && current != device) before_ = current;
 }
 DeviceGuard::~DeviceGuard() {
   if (before_ >= 0) cudaSetDevice(before_);

@@ -13,7 +13,8 @@
 //         the group where it begins: that adds, in order, what the following groups of the block have left in shared
 //         memory, and, where the run goes on, leaves the sum to the second stage, in which one block per such run adds
 //         what whole blocks have left. One id n times: n / 512 sums for the second stage (D = 64, f32), 32 at a time.
-// Traffic n rows of D numbers, n gradients, 24 n bytes of keys, positions and other ids per 128 columns; 2·n·D flops.
+// Traffic n rows of D numbers, n gradients, 24 n bytes of keys, positions and other ids per 128 columns; 2·n·D flops:
+//         bound by memory. n = 65,536, D = 64, float32: 19 MB, 4.3 us at the 4.3 TB/s that an H200 copies. Not measured.
 // Sums    in float (double for double), in an order that depends on the ids, D and alignment alone; no atomics.
 // Edges   no gradient goes to or comes from an id outside its table (the forward has reported it), nor to padding;
 //         nothing is read for them.

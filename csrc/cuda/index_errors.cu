@@ -1,4 +1,11 @@
 // The host's side of index_errors.cuh; and labels checked by themselves, where other kernels see only some of them.
+//
+//   check_labels   leaves a note of a target[i] that is neither in [0, classes) nor ignore_index
+//
+// Tiles   a thread has every n-th label, n threads in up to 1024 blocks.
+// Traffic 8 bytes a label, nothing is written: 65,536 labels, 0.5 MB, are bound by the launch, 2 us. Not measured.
+#include <atomic>
+
 #include "cuda/device.h"
 #include "cuda/index_errors.cuh"
 
@@ -46,12 +53,14 @@ Status take_index_error() {
   IndexError& e = *index_error();
   volatile unsigned long long& state = e.state;
   if (state != 2) return {};
+  // Without fences an ARM host may read the rest before it has seen the 2, or after it has written the 0.
+  std::atomic_thread_fence(std::memory_order_acquire);
   const Status status = out_of_range(names[static_cast<int>(e.argument)], e.position, e.value, e.limit);
+  std::atomic_thread_fence(std::memory_order_release);
   state = 0;
   return status;
 }
 
-// Leaves a note for check_errors; reads 8 bytes a label.
 Status check_labels(View target, int64_t classes, int64_t ignore_index, Stream stream) {
   PYFUSED_REQUIRE(target.dtype == DType::i64 && target.contiguous(), "target", "must be contiguous int64");
   const int64_t count = target.numel(), blocks = ceil_div(count, kThreads);

@@ -1,7 +1,7 @@
 """The fast backends. Importing this fills pyfused.dispatch's table; what cannot be used is recorded with its reason."""
 
 from .. import _binary
-from ..dispatch import UNAVAILABLE
+from ..dispatch import ON_DEVICE, UNAVAILABLE
 
 if _binary.why_not:
     UNAVAILABLE["cpu"] = _binary.why_not
@@ -12,6 +12,8 @@ from . import cuda, triton
 
 if reason := cuda.unavailable():
     UNAVAILABLE["cuda"] = reason
+else:
+    ON_DEVICE["cuda"] = cuda.unusable_on
 
 if reason := triton.unavailable():
     UNAVAILABLE["triton"] = reason

@@ -325,6 +325,7 @@ void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, write, RETURN_
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
+void __tsan_atomic_thread_fence(int) {}  // the host's, which is one thread
 
 struct UndefinedBehaviour {  // the head of what every handler is given
   const char* file;

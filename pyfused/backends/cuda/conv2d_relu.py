@@ -10,13 +10,16 @@ No GPU has measured them. The rule, see `choose`: the direct kernels where they 
 for an H100: cuDNN at 600 Tflop/s in 16 bits and ours at 350, which is what the second-level cache can feed, make a
 product 2.4 fs dearer. Forward, ours saves the pass that reads and writes the output, in 16 bits 4 bytes a number, 1.3
 ps at 3 TB/s: worth it up to some 500 products a number, pooled twice as many. Backward, ours saves one pass of five for
-twice the products: cuDNN. PYFUSED_AUTOTUNE=1 measures these two instead, once for each sizes and dtype.
+twice the products: cuDNN. PYFUSED_AUTOTUNE=1 measures these two instead, once for each sizes, dtype and device.
+
+Ours give the same bits every time, cuDNN its gradients where PyTorch's would: torch.backends.cudnn.deterministic.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 
@@ -67,15 +70,42 @@ def choose(input, weight, stride, padding, dilation, groups, *, backward=False, 
 _measured: dict[Hashable, str] = {}
 
 
-def run(candidates: dict[str, Callable], rule: str, *key):
-    """The result of the candidate that the rule names or, if candidates are to be measured, of the fastest."""
-    if AUTOTUNE and not forced and rule != "direct" and len(candidates) > 1:
-        key += (torch.backends.cudnn.conv.fp32_precision,)
-        key = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in key)
-        if key not in _measured and not torch.cuda.is_current_stream_capturing():
-            _measured[key] = min(candidates, key=lambda name: _seconds(candidates[name]))
-        rule = _measured.get(key, rule)
-    return candidates[rule]()
+class Plan(NamedTuple):
+    """The algorithms that could run an op on certain arguments, and the one that the rule chooses, and why."""
+
+    candidates: dict[str, Callable]
+    rule: tuple[str, str]
+    key: tuple  # what a measurement holds for: tensors by their sizes, strides, dtype and device
+
+    def choice(self) -> tuple[str, str]:
+        """The one that runs, and why: the fastest if it has been measured, else the rule's."""
+        if self._is_measured():
+            if name := _measured.get(self._measurement()):
+                return name, "measured to be the fastest"
+            return self.rule[0], f"{self.rule[1]}; to be measured by the first call"
+        return self.rule
+
+    def run(self):
+        if self._is_measured() and self._measurement() not in _measured:
+            with torch.cuda.device_of(next(x for x in self.key if isinstance(x, torch.Tensor))):
+                if not torch.cuda.is_current_stream_capturing():
+                    fastest = min(self.candidates, key=lambda name: _seconds(self.candidates[name]))
+                    _measured[self._measurement()] = fastest
+        return self.candidates[self.choice()[0]]()
+
+    def how(self) -> str:
+        return ", ".join(self.choice())
+
+    def _is_measured(self) -> bool:
+        return AUTOTUNE and not forced and self.rule[0] != "direct" and len(self.candidates) > 1
+
+    def _measurement(self) -> Hashable:
+        def hashable(x):
+            if isinstance(x, torch.Tensor):
+                return x.shape, x.stride(), x.dtype, x.device
+            return tuple(x) if isinstance(x, list) else x  # torch.compile and torch.ops hand over lists
+
+        return (*map(hashable, self.key), torch.backends.cudnn.conv.fp32_precision)
 
 
 def _seconds(run: Callable, repetitions: int = 10) -> float:
@@ -210,36 +240,26 @@ def _cudnn_backward(grad, input, weight, output, options, needed):
 
 
 # --- The registered ops
-def _how(*args) -> str:
-    return ", ".join(choose(*args[:2], *args[3:]))
-
-
-def _how_backward(*args) -> str:
-    return ", ".join(choose(*args[1:3], *args[4:-1], backward=True))
-
-
-@kernel("conv2d_relu", "cuda", how=_how)
-def forward(*args):
+def plan(*args) -> Plan:
     input, weight, bias, stride, padding, dilation, groups = args
-    out = op.alloc(*args)
-    chosen, _ = choose(input, weight, stride, padding, dilation, groups)
+    rule = choose(input, weight, stride, padding, dilation, groups)
 
     def filled(run, *more):
+        out = op.alloc(*args)
         run(out, None, input, weight, bias, stride, padding, *more)
         return out
 
-    candidates = {"cudnn": lambda: _cudnn(*args, out)}
-    if chosen == "direct":
+    candidates = {"cudnn": lambda: _cudnn(*args, op.alloc(*args))}
+    if rule[0] == "direct":
         candidates["direct"] = lambda: filled(direct.forward)
     elif not cannot_gemm(input, weight, stride, groups):
         candidates["implicit_gemm"] = lambda: filled(gemm, dilation)
-    return run(candidates, chosen, *args)
+    return Plan(candidates, rule, args)
 
 
-@kernel("conv2d_relu_backward", "cuda", how=_how_backward)
-def backward(grad, input, weight, output, stride, padding, dilation, groups, needed):
+def _plan_backward(grad, input, weight, output, stride, padding, dilation, groups, needed) -> Plan:
     options = (stride, padding, dilation, groups)
-    chosen, _ = choose(input, weight, *options, backward=True)
+    rule = choose(input, weight, *options, backward=True)
 
     def by_direct():
         def masked():
@@ -248,8 +268,18 @@ def backward(grad, input, weight, output, stride, padding, dilation, groups, nee
         return direct.backward(grad, output, input, weight, stride, padding, needed, masked)
 
     candidates = {"cudnn": lambda: _cudnn_backward(grad, input, weight, output, options, needed)}
-    if chosen == "direct":
+    if rule[0] == "direct":
         candidates["direct"] = by_direct
     elif not cannot_gemm(input, weight, stride, groups):
         candidates["implicit_gemm"] = lambda: gemm_backward(grad, input, weight, output, *options[:3], needed)
-    return run(candidates, chosen, "backward", grad, input, weight, *options, tuple(needed))
+    return Plan(candidates, rule, ("backward", grad, input, weight, *options, tuple(needed)))
+
+
+@kernel("conv2d_relu", "cuda", how=lambda *args: plan(*args).how())
+def forward(*args):
+    return plan(*args).run()
+
+
+@kernel("conv2d_relu_backward", "cuda", how=lambda *args: _plan_backward(*args).how())
+def backward(*args):
+    return _plan_backward(*args).run()

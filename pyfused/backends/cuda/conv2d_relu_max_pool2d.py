@@ -25,57 +25,49 @@ def _cannot_backward(grad, input, weight, code, *options_and_needed) -> str | No
     return _cannot(input, weight, None, *options_and_needed[:-1])
 
 
-def _how(*args) -> str:
-    return ", ".join(relu.choose(*args[:2], *args[3:7], pooled=True))
-
-
-def _how_backward(*args) -> str:
-    return ", ".join(relu.choose(*args[1:3], *args[4:8], backward=True))
-
-
 def _is_2x2(pool_size, pool_stride) -> bool:
     """Whether the kernels that pool themselves serve this."""
     return tuple(pool_size) == tuple(pool_stride) == (2, 2)
 
 
-@kernel("conv2d_relu_max_pool2d", "cuda", _cannot, how=_how)
-def forward(*args):
+def _plan(*args) -> relu.Plan:
     input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride = args
-    out, code = op.alloc(*args)
-    chosen, _ = relu.choose(input, weight, stride, padding, dilation, groups, pooled=True)
+    inside = _is_2x2(pool_size, pool_stride)
+    rule = relu.choose(input, weight, stride, padding, dilation, groups, pooled=inside)
 
     def filled(run, *given):
+        out, code = op.alloc(*args)
         run(out, code, *given)
         return out, code
 
-    def separate():
-        if chosen != "cudnn":
-            activation = relu.forward(*args[:7])
-        else:
-            activation = torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
-            activation = activation.contiguous(memory_format=conv.memory_format(input, weight))
+    def pooled(activation):
         return filled(_C.cuda_relu_max_pool2d, activation, *pool_size, *pool_stride)
 
-    if not _is_2x2(pool_size, pool_stride):
-        return separate()
-    candidates = {"cudnn": separate}
-    if chosen == "direct":
-        candidates["direct"] = lambda: filled(direct.forward, *args[:5])
-    elif not relu.cannot_gemm(input, weight, stride, groups):
-        candidates["implicit_gemm"] = lambda: filled(relu.gemm, *args[:6])
-    return relu.run(candidates, chosen, "pool", *args)
+    def by_cudnn():  # the pooling kernel has the ReLU
+        activation = torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+        return pooled(activation.contiguous(memory_format=conv.memory_format(input, weight)))
+
+    candidates = {name: lambda run=run: pooled(run()) for name, run in relu.plan(*args[:7]).candidates.items()}
+    if inside:
+        own = {
+            "direct": lambda: filled(direct.forward, *args[:5]),
+            "implicit_gemm": lambda: filled(relu.gemm, *args[:6]),
+        }
+        candidates |= {name: run for name, run in own.items() if name in candidates}
+    candidates["cudnn"] = by_cudnn
+    return relu.Plan(candidates, rule, ("pool", *args))
 
 
-@kernel("conv2d_relu_max_pool2d_backward", "cuda", _cannot_backward, how=_how_backward)
-def backward(grad, input, weight, code, stride, padding, dilation, groups, pool_size, pool_stride, needed):
-    options = (stride, padding, dilation, groups)
-    chosen, _ = relu.choose(input, weight, *options, backward=True)
-    grad = grad.contiguous(memory_format=conv.memory_format(code))
+def _plan_backward(
+    grad, input, weight, code, stride, padding, dilation, groups, pool_size, pool_stride, needed
+) -> relu.Plan:
+    options, inside = (stride, padding, dilation, groups), _is_2x2(pool_size, pool_stride)
+    rule = relu.choose(input, weight, *options, backward=True)
 
     def unpooled():
-        shape = conv.output_shape(input, weight, stride, padding, dilation)
-        g = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=conv.memory_format(code))
-        _C.cuda_relu_max_unpool2d(g, grad, code, *pool_size, *pool_stride)
+        layout, shape = conv.memory_format(code), conv.output_shape(input, weight, stride, padding, dilation)
+        g = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        _C.cuda_relu_max_unpool2d(g, grad.contiguous(memory_format=layout), code, *pool_size, *pool_stride)
         return g
 
     def by_cudnn():
@@ -87,17 +79,29 @@ def backward(grad, input, weight, code, stride, padding, dilation, groups, pool_
             d_bias.copy_(torch.where(code == op.DEAD, 0, grad).sum((0, 2, 3), dtype=dtype))
         return d_input, d_weight, d_bias
 
+    def by_direct():
+        return direct.backward(grad, code, input, weight, stride, padding, needed, unpooled)
+
     def by_gemm():
-        given, saved = (grad, code) if _is_2x2(pool_size, pool_stride) else (unpooled(), None)
+        given, saved = (grad, code) if inside else (unpooled(), None)
         return relu.gemm_backward(given, input, weight, saved, *options[:3], needed)
 
     candidates = {"cudnn": by_cudnn}
-    if chosen == "direct":
-        if _is_2x2(pool_size, pool_stride):
-            candidates["direct"] = lambda: direct.backward(grad, code, input, weight, stride, padding, needed, unpooled)
-        else:
-            chosen = "cudnn"
+    if rule[0] == "direct" and inside:
+        candidates["direct"] = by_direct
+    elif rule[0] == "direct":
+        rule = "cudnn", "the direct kernels take codes of 2x2 windows only"
     elif not relu.cannot_gemm(input, weight, stride, groups):
         candidates["implicit_gemm"] = by_gemm
     key = ("pool backward", grad, input, weight, *options, pool_size, pool_stride, tuple(needed))
-    return relu.run(candidates, chosen, *key)
+    return relu.Plan(candidates, rule, key)
+
+
+@kernel("conv2d_relu_max_pool2d", "cuda", _cannot, how=lambda *args: _plan(*args).how())
+def forward(*args):
+    return _plan(*args).run()
+
+
+@kernel("conv2d_relu_max_pool2d_backward", "cuda", _cannot_backward, how=lambda *args: _plan_backward(*args).how())
+def backward(*args):
+    return _plan_backward(*args).run()

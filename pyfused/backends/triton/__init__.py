@@ -19,8 +19,8 @@ def interpreted() -> bool:
 
 def unavailable() -> str | None:
     """Why no Triton kernel can run here, or None."""
-    if not interpreted() and not torch.cuda.is_available():
-        return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
+    if not interpreted() and not torch.cuda.device_count():  # by NVML; is_available() would initialise the driver
+        return "PyTorch sees no GPU (torch.cuda.device_count() is 0)"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None
