@@ -18,4 +18,7 @@ else:
 if reason := triton.unavailable():
     UNAVAILABLE["triton"] = reason
 else:
-    triton.load()
+    try:
+        triton.load()
+    except Exception as error:  # whatever a package of another version, or half a package, raises
+        UNAVAILABLE["triton"] = f"the package triton cannot be used: {type(error).__name__}: {error}"

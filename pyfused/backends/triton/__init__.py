@@ -5,12 +5,13 @@ tensors in Triton's interpreter, very slowly and only where this backend is forc
 a GPU.
 """
 
+import functools
 import importlib.util
 import os
 
 import torch
 
-from ...dispatch import ORDER
+from ...dispatch import ON_DEVICE, ORDER
 
 
 def interpreted() -> bool:
@@ -39,3 +40,22 @@ def load() -> None:
 
     if interpreted():
         ORDER["cpu"] += ("triton",)  # after the reference, which takes everything: only when forced
+    else:
+        ON_DEVICE["triton"] = unusable_on
+
+
+@functools.cache
+def unusable_on(device: int) -> str | None:
+    """Why no Triton kernel can run on the GPU of this number, or None."""
+    from triton.runtime import driver
+
+    capability = torch.cuda.get_device_capability(device)
+    if not torch.version.hip and capability < (8, 0):
+        return (
+            f"Triton compiles for compute capability 8.0 and later; GPU {device} has {'.'.join(map(str, capability))}"
+        )
+    try:
+        driver.active.get_current_device()  # compiles what launches kernels: needs a C compiler and Python's headers
+    except Exception as error:
+        return f"Triton cannot launch kernels here: {type(error).__name__}: {error}"
+    return None

@@ -12,21 +12,30 @@ import triton.language as tl
 from ... import dispatch
 
 AUTOTUNE = os.environ.get("PYFUSED_AUTOTUNE", "0") == "1"
-_chosen: dict[Hashable, int] = {}
+_chosen: dict[Hashable, object] = {}  # (key, candidates) -> the fastest
 
 
 def choose(key: Hashable, candidates: Sequence, run: Callable | None):
     """The candidate for which `run(candidate)` is fastest; without PYFUSED_AUTOTUNE=1 the first, a rule of thumb.
 
-    Measured once per key and process, by running each of a handful for some 20 ms: at the first call, never within a
-    CUDA graph. run=None: it must not run twice; take what another call with this key measured.
+    Measured once per process, key and candidates, by running each of a handful for some 20 ms: at the first call, never
+    within a CUDA graph. run=None: it must not run twice, since it works in place; the first then, whatever was measured
+    elsewhere, so that its bits never change within a process. Those of others may, from calls captured in a CUDA graph
+    to later ones. Passes that read and write everything once are never measured: embedding_dot's sums, masks, checks,
+    max-pooling and ReLU's gradient wait for the memory with any tile.
+
+    Args:
+        key: the device and all that decides how long a candidate takes.
     """
-    if not AUTOTUNE or len(candidates) == 1:
+    if not AUTOTUNE or run is None or len(candidates) == 1:
         return candidates[0]
-    if key not in _chosen and run is not None and not torch.cuda.is_current_stream_capturing():
+    key = (key, tuple(candidates))
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
         times = [triton.testing.do_bench(lambda c=c: run(c), warmup=5, rep=20) for c in candidates]
-        _chosen[key] = times.index(min(times))
-    return candidates[_chosen.get(key, 0)]
+        _chosen[key] = candidates[times.index(min(times))]
+    return _chosen[key]
 
 
 def bucket(n: int) -> int:
@@ -56,19 +65,35 @@ _index_errors: dict[torch.device, torch.Tensor] = {}
 
 def index_errors(device: torch.device) -> torch.Tensor:
     """The device's note of a label or an id out of range: 1 if there is one, then its argument's place in ARGUMENTS,
-    position, value and limit."""
+    position, value and limit.
+
+    Raises:
+        RuntimeError: it does not exist yet while a CUDA graph is captured, whose replays would clear it each time.
+    """
     if device not in _index_errors:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "before a CUDA graph captures pyfused's Triton kernels, one must have run on this device"
+            )
         _index_errors[device] = torch.zeros(5, dtype=torch.int64, device=device)
+        _wait(device)  # other streams may be the first to write
     return _index_errors[device]
 
 
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def check_errors() -> None:
-    """Raise IndexError for what was found since the last call, in the words of the other backends. Waits for the
-    devices."""
-    for errors in _index_errors.values():
+    """Raise IndexError for what was found since the last call, in the words of the other backends. Waits for all
+    streams of the devices that have a note."""
+    for device, errors in _index_errors.items():
+        _wait(device)
         found, argument, position, value, limit = errors.tolist()
-        errors.zero_()
         if found:
+            errors.zero_()
+            _wait(device)  # or what another stream notes from now on might be cleared, too
             name = ARGUMENTS[argument]
             raise IndexError(f"{name} {value} is out of bounds: {name}[{position}] must lie in [0, {limit})")
 

@@ -44,7 +44,8 @@ def _ways(input, weight, groups) -> list[bool]:
 
 
 def _key(name, input, weight, *options):
-    return (name, input.dtype, bucket(input.shape[0]), *input.shape[1:], weight.shape[0], *weight.shape[2:], options)
+    how = (name, input.device, input.dtype, _precision(input.dtype), input.stride(1) == 1)
+    return (*how, bucket(input.shape[0]), *input.shape[1:], weight.shape[0], *weight.shape[2:], options)
 
 
 def _precision(dtype: torch.dtype) -> str:
