@@ -9,6 +9,7 @@ In a process of its own, since a process compiles or interprets, whichever it be
 """
 
 import argparse
+import collections
 import json
 import os
 import re
@@ -54,19 +55,24 @@ class Gpu:
 def settings(full: bool):
     """(name, op, arguments, names of those to differentiate): what people call; every kernel; full: the case table."""
     cross_entropy = [
-        ((64, 32768), BF16, {}),
-        ((64, 32768), F32, {}),
-        ((65536, 16), F32, {}),
-        ((2, 21, 64, 64), F32, {}),
-        ((1024, 1000), F16, {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4}),
-        ((8, 33), F64, {}),
+        ((64, 32768), BF16),
+        ((64, 32768), F32),
+        ((64, 50257), BF16),
+        ((65536, 16), F32),
+        ((2, 21, 64, 64), F32),
+        ((8, 33), F64),
     ]
-    for shape, dtype, options in cross_entropy:
+    for shape, dtype in cross_entropy:
         target = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
-        given = {"input": torch.empty(shape, dtype=dtype), "target": target, **options}
+        given = {"input": torch.empty(shape, dtype=dtype), "target": target}
         yield f"{shape} {dtype}", "cross_entropy", given, ("input",)
-    soft = {"input": torch.empty(64, 4096, dtype=BF16), "target": torch.empty(64, 4096, dtype=BF16)}
-    yield "soft bf16", "cross_entropy", soft, ("input",)
+    given |= {"input": torch.empty(1024, 1000, dtype=F16), "target": torch.zeros(1024, dtype=torch.int64)}
+    for label_smoothing, softcap, z_loss in ((0.1, 30.0, 1e-4), (0.2, 20.0, 1e-3), (1.0, 1.0, 1.0)):
+        options = {"label_smoothing": label_smoothing, "softcap": softcap, "z_loss": z_loss}
+        yield f"with numbers {options}", "cross_entropy", given | options, ("input",)
+    for classes in (4096, 4097):
+        soft = {name: torch.empty(64, classes, dtype=BF16) for name in ("input", "target")}
+        yield f"soft {classes} bf16", "cross_entropy", soft, ("input",)
     head = {"input": torch.empty(4096, 8, dtype=BF16), "linear_weight": torch.empty(40_000, 8, dtype=BF16)}
     yield "chunks bf16", "linear_cross_entropy", {**head, "target": torch.zeros(4096, dtype=torch.int64)}, tuple(head)
     for dim, dtype, sparse in ((64, F32, False), (128, BF16, True), (33, F16, True), (16, F64, False)):
@@ -147,10 +153,11 @@ def narrow_products(ttir: str) -> list[str]:
 
 
 def describe(kernel) -> dict:
-    """Of a compiled kernel: registers, bytes spilled, bytes of shared memory, the kinds of its global accesses, the
-    products of 32 bits in its addresses, and what it does by atomics."""
+    """Of a compiled kernel: registers, bytes spilled, bytes of shared memory, how many global accesses of each kind,
+    the products of 32 bits in its addresses, the types of its floating-point arguments, and what it does by atomics."""
     found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     found["narrow"] = narrow_products(kernel.asm["ttir"])
+    found["floats"] = sorted(set(re.findall(r"%\w+: (f\d+)", kernel.asm["ttir"])))
     found["atomics"] = sorted(set(re.findall(r"tt\.atomic_\w+ (\w+)", kernel.asm["ttir"])))
     if "ptx" in kernel.asm:
         usage = tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
@@ -160,9 +167,10 @@ def describe(kernel) -> dict:
         found |= {"registers": int(registers), "spilled": int(stack) + int(local)}
     else:
         text, accesses = kernel.asm["amdgcn"], r"(?:global|buffer)_(?:load|store)_\w+"
-        registers, spilled = (re.search(rf"\.{n}: +(\d+)", text)[1] for n in ("vgpr_count", "vgpr_spill_count"))
-        found |= {"registers": int(registers), "spilled": int(spilled)}
-    return {**found, "accesses": sorted(set(re.findall(accesses, text)))}
+        names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        registers, *spilled = (int(re.search(rf"\.{name}: +(\d+)", text)[1]) for name in names)
+        found |= {"registers": registers, "spilled": sum(spilled)}
+    return {**found, "accesses": collections.Counter(re.findall(accesses, text))}
 
 
 def main() -> None:

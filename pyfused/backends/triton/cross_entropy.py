@@ -10,7 +10,11 @@ Saves   per row [maximum m, S = ∑ exp(z - m), x]. The sums leave the label out
 Sums    a row's in the order of its blocks, the rows' by program in float64: the same bits for the same shape.
 Edges   A block of -inf: the running maximum stands in as 0, so no -inf - -inf. Lanes past the last class are -inf after
         the softcap, not before it. A label outside [0, C) is read nowhere: loss NaN, gradient 0, error flag.
-Floats  smoothing, z-loss and softcap are compile-time constants: as arguments Triton would round them to float32.
+Vectors With an odd number of classes rows begin anywhere: then blocks begin at a multiple of UNIT elements, the first
+        before its row, and those within the row are read and written unmasked, 16 bytes at a time. (A mask that may end
+        within 16 bytes makes Triton move numbers one by one.)
+Floats  smoothing, z-loss and softcap are arguments, of float64 (Triton's own choice is float32): a value that changes
+        from step to step compiles nothing again. Only whether they are 0 is compiled.
 """
 
 from __future__ import annotations
@@ -30,22 +34,42 @@ MEAN = tl.constexpr(op.REDUCTIONS.index("mean"))
 
 
 @triton.jit
-def _logits(at, inside, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
-    z = tl.load(at, mask=inside, other=-float("inf")).to(DTYPE)
-    if SOFTCAP > 0:
-        z = tl.where(inside, SOFTCAP * tanh(z / SOFTCAP), -float("inf"))
+def _load(at, inside, whole, other: tl.constexpr, UNIT: tl.constexpr):
+    """whole: `inside` is true throughout; said only where blocks begin at a UNIT."""
+    if UNIT > 1:
+        return tl.load(at) if whole else tl.load(at, mask=inside, other=other)
+    else:
+        return tl.load(at, mask=inside, other=other)
+
+
+@triton.jit
+def _capped(z, inside, softcap, CAP: tl.constexpr, DTYPE: tl.constexpr):
+    z = z.to(DTYPE)
+    if CAP:
+        z = tl.where(inside, softcap * tanh(z / softcap), -float("inf"))
     return z
 
 
 @triton.jit
-def _spread(weight, target, c, y_at, inside, classes, SMOOTHING: tl.constexpr, SOFT: tl.constexpr, DTYPE: tl.constexpr):
+def _numbers(smoothing, z_loss, softcap, classes, DTYPE: tl.constexpr):
+    """(what the label keeps, what each class gets, z-loss, softcap), rounded last."""
+    zero = tl.zeros((), tl.float64)  # in the interpreter the arguments are Python's
+    smoothing = zero + smoothing
+    each = smoothing.to(DTYPE) / (tl.zeros((), DTYPE) + classes)
+    return (1.0 - smoothing).to(DTYPE), each, (zero + z_loss).to(DTYPE), (zero + softcap).to(DTYPE)
+
+
+@triton.jit
+def _spread(weight, c, y_at, inside, whole, classes, kept, each, SMOOTH: tl.constexpr, SOFT: tl.constexpr,
+            UNIT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """What of the target falls on each logit besides the label: w_c ((1-ε) y_c + ε/C), or w_c for labels."""
     u = tl.full(inside.shape, 1.0, DTYPE)
     if SOFT:
-        y = tl.load(y_at, mask=inside, other=0.0).to(DTYPE)
-        u = y * (1 - SMOOTHING) + SMOOTHING / (tl.zeros((), DTYPE) + classes)
+        u = _load(y_at, inside, whole, 0.0, UNIT).to(DTYPE)
+        if SMOOTH:
+            u = u * kept + each
     if weight is not None:
-        u *= tl.load(weight + c, mask=c < classes, other=0.0)[None, :]
+        u *= tl.load(weight + c, mask=(c >= 0) & (c < classes), other=0.0)[None, :]
     return tl.where(inside, u, 0.0)
 
 
@@ -71,37 +95,63 @@ def _row_weight(weight, label, kept, SOFT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _begin(tensor, n, p, s_n, s_p, ALIGN: tl.constexpr, UNIT: tl.constexpr):
+    """(the last multiple of UNIT elements at or before the beginning of each row, how far before the first row's)."""
+    if UNIT == 1:
+        return tensor + (n * s_n + p * s_p) * ALIGN, 0
+    else:  # one row
+        first = (n * s_n + tl.min(p, 0) * s_p) * ALIGN
+        return tensor + (first // UNIT * UNIT + p * 0), (first % UNIT).to(tl.int32)
+
+
+@triton.jit
+def _columns(start, head, ok, classes, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """(classes of the block that begins `start` elements after _begin, their distances from there, which exist, whether
+    all do)."""
+    j = start + tl.arange(0, BLOCK)
+    c = j - head
+    if UNIT == 1:
+        return c, j[None, :].to(tl.int64), ok[:, None] & (c < classes)[None, :], False
+    else:
+        inside = ok[:, None] & ((c >= 0) & (c < classes))[None, :]
+        return c, j[None, :].to(tl.int64), inside, (start >= head) & (start + BLOCK <= classes + head)
+
+
+@triton.jit
 def _forward_kernel(
     loss, lse, stats, partial, input, target, weight, errors, rows, classes, positions, s_n, s_c, s_p, t_n, t_c, t_p,
-    ignore_index, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, SOFT: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ignore_index, smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64, SMOOTH: tl.constexpr,
+    PENALTY: tl.constexpr, CAP: tl.constexpr, SOFT: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats.dtype.element_ty
     classes *= ALIGN
     PRECISE: tl.constexpr = input.dtype.element_ty == tl.float32
     pid = tl.program_id(0)
-    tiles = tl.cdiv(positions, ROWS)
+    tiles = (positions - 1) // ROWS + 1  # cdiv overflows just below 2^31
     n = (pid // tiles).to(tl.int64)
     p = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = p < positions
     r = n * positions + p
-    z_at, y_at = input + (n * s_n + p * s_p) * ALIGN, target + (n * t_n + p * t_p) * ALIGN
+    label_part, each, z_loss, softcap = _numbers(smoothing, z_loss, softcap, classes, DTYPE)
+    z_at, head = _begin(input, n, p, s_n, s_p, ALIGN, UNIT)
+    y_at, _ = _begin(target, n, p, t_n, t_p, ALIGN, UNIT)
     label, kept, bad = _label(target, r, ok, classes, ignore_index, SOFT)
 
     top = tl.full((ROWS,), -float("inf"), DTYPE)
     others = tl.zeros((ROWS,), DTYPE)  # ∑ exp(z - top) without the label
     spread, mass = tl.zeros((ROWS,), DTYPE), tl.zeros((ROWS,), DTYPE)  # ∑ u (top - z), ∑ u
-    for start in range(0, classes, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        inside = ok[:, None] & (c < classes)[None, :]
-        columns = c[None, :].to(tl.int64)
-        z = _logits(z_at[:, None] + columns * s_c, inside, SOFTCAP, DTYPE)
+    for start in range(0, classes + head, BLOCK):
+        c, columns, inside, whole = _columns(start, head, ok, classes, UNIT, BLOCK)
+        z = _load(z_at[:, None] + columns * s_c, inside, whole, -float("inf"), UNIT)
+        z = _capped(z, inside, softcap, CAP, DTYPE)
         new_top = tl.maximum(top, tl.max(z, 1))
         ref = tl.where(new_top == -float("inf"), 0.0, new_top)
         e = tl.where(c[None, :] == label[:, None], 0.0, exp(z - ref[:, None], PRECISE))
         others = others * exp(top - ref, PRECISE) + tl.sum(e, 1)
-        if SOFT or SMOOTHING > 0:
-            u = _spread(weight, target, c, y_at[:, None] + columns * t_c, inside, classes, SMOOTHING, SOFT, DTYPE)
+        if SOFT or SMOOTH:
+            y = y_at[:, None] + columns * t_c
+            u = _spread(weight, c, y, inside, whole, classes, label_part, each, SMOOTH, SOFT, UNIT, DTYPE)
             # Where all before was -inf, `spread` holds what it has to already: infinities, or the 0 of the start.
             spread += mass * tl.where(top == -float("inf"), 0.0, ref - top)
             spread += tl.sum(tl.where(inside, u * (ref[:, None] - z), 0.0), 1)
@@ -110,7 +160,8 @@ def _forward_kernel(
 
     w = _row_weight(weight, label, kept, SOFT, DTYPE)
     found = label >= 0
-    z_label = _logits(z_at + label.to(tl.int64) * s_c, found, SOFTCAP, DTYPE)
+    z_label = tl.load(z_at + head + label.to(tl.int64) * s_c, mask=found, other=-float("inf"))
+    z_label = _capped(z_label, found, softcap, CAP, DTYPE)
     at_label = tl.where(found, exp(z_label - top, PRECISE), 0.0)
     # S - 1, which is exactly the sum of the others where the label has the maximum (at_label = 1)
     log_sum = log1p(others + (at_label - 1.0))
@@ -120,12 +171,12 @@ def _forward_kernel(
         row_loss = mass * log_sum + spread
         x = mass
     else:
-        row_loss = w * (1 - SMOOTHING) * ((top - z_label) + log_sum)
+        row_loss = w * ((top - z_label) + log_sum)
         x = -others / all_
-        if SMOOTHING > 0:
-            row_loss += (mass * log_sum + spread) * (SMOOTHING / (tl.zeros((), DTYPE) + classes))
-    if Z_LOSS != 0:
-        row_loss += Z_LOSS * w * row_lse * row_lse
+        if SMOOTH:
+            row_loss = row_loss * label_part + (mass * log_sum + spread) * each
+    if PENALTY:
+        row_loss += z_loss * w * row_lse * row_lse
     row_loss = tl.where(bad, float("nan"), tl.where(kept, row_loss, 0.0))
 
     tl.store(stats + r, top, mask=ok)
@@ -144,22 +195,24 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_input, grad_loss, grad_lse, input, target, weight, weight_sum, stats, total, rows, classes, positions,
-    g_n, g_c, g_p, s_n, s_c, s_p, t_n, t_c, t_p, ignore_index, REDUCTION: tl.constexpr, SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, SOFT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    g_n, g_c, g_p, s_n, s_c, s_p, t_n, t_c, t_p, ignore_index, smoothing: tl.float64, z_loss: tl.float64,
+    softcap: tl.float64, REDUCTION: tl.constexpr, SMOOTH: tl.constexpr, PENALTY: tl.constexpr, CAP: tl.constexpr,
+    SOFT: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats.dtype.element_ty
     classes *= ALIGN
     PRECISE: tl.constexpr = input.dtype.element_ty == tl.float32
-    pid, blocks = tl.program_id(0), tl.cdiv(classes, BLOCK)
-    tiles = tl.cdiv(positions, ROWS)
+    pid, blocks = tl.program_id(0), tl.cdiv(classes + (UNIT - 1), BLOCK)
+    tiles = (positions - 1) // ROWS + 1  # cdiv overflows just below 2^31
     n = (pid // blocks // tiles).to(tl.int64)
     p = (pid // blocks % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     ok = p < positions
     r = n * positions + p
-    inside = ok[:, None] & (c < classes)[None, :]
-    columns = c[None, :].to(tl.int64)
+    z_at, head = _begin(input, n, p, s_n, s_p, ALIGN, UNIT)
+    y_at, _ = _begin(target, n, p, t_n, t_p, ALIGN, UNIT)
+    g_at, _ = _begin(grad_input, n, p, g_n, g_p, ALIGN, UNIT)
+    c, columns, inside, whole = _columns(pid % blocks * BLOCK, head, ok, classes, UNIT, BLOCK)
+    label_part, each, z_loss, softcap = _numbers(smoothing, z_loss, softcap, classes, DTYPE)
     label, kept, bad = _label(target, r, ok, classes, ignore_index, SOFT)
     w = _row_weight(weight, label, kept, SOFT, DTYPE)
     top = tl.load(stats + r, mask=ok, other=1.0)
@@ -169,28 +222,35 @@ def _backward_kernel(
     if REDUCTION == MEAN:
         g = g / tl.load(total)
 
-    z = _logits((input + (n * s_n + p * s_p) * ALIGN)[:, None] + columns * s_c, inside, SOFTCAP, DTYPE)
+    z = _load(z_at[:, None] + columns * s_c, inside, whole, -float("inf"), UNIT)
+    z = _capped(z, inside, softcap, CAP, DTYPE)
     softmax = exp(z - top[:, None], PRECISE) / all_[:, None]
-    if SOFT or SMOOTHING > 0:
-        y_at = (target + (n * t_n + p * t_p) * ALIGN)[:, None] + columns * t_c
-        u = _spread(weight, target, c, y_at, inside, classes, SMOOTHING, SOFT, DTYPE)
+    if SOFT or SMOOTH:
+        y = y_at[:, None] + columns * t_c
+        u = _spread(weight, c, y, inside, whole, classes, label_part, each, SMOOTH, SOFT, UNIT, DTYPE)
     if SOFT:
         d = softmax * x[:, None] - u
     else:
         error = tl.where(c[None, :] == label[:, None], x[:, None], softmax)  # softmax - one-hot
-        d = (w * (1 - SMOOTHING))[:, None] * error
-        if SMOOTHING > 0:
+        d = w[:, None] * error
+        if SMOOTH:
             sum_w = tl.load(weight_sum) if weight is not None else tl.zeros((), DTYPE) + classes
-            d += (softmax * sum_w - u) * (SMOOTHING / (tl.zeros((), DTYPE) + classes))
-    if Z_LOSS != 0:
-        d += (2 * Z_LOSS * w * (top + tl.log(all_)))[:, None] * softmax
+            d = d * label_part + (softmax * sum_w - u) * each
+    if PENALTY:
+        d += (2 * z_loss * w * (top + tl.log(all_)))[:, None] * softmax
     d = tl.where(kept[:, None], d * (g if REDUCTION != NONE else g[:, None]), 0.0)
     if grad_lse is not None:
         d += tl.load(grad_lse + r, mask=ok & ~bad, other=0.0)[:, None] * softmax
-    if SOFTCAP > 0:
-        d *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
-    at = (grad_input + (n * g_n + p * g_p) * ALIGN)[:, None] + columns * g_c
-    tl.store(at, d.to(grad_input.dtype.element_ty), mask=inside)
+    if CAP:
+        d *= 1.0 - (z / softcap) * (z / softcap)
+    at, d = g_at[:, None] + columns * g_c, d.to(grad_input.dtype.element_ty)
+    if UNIT > 1:
+        if whole:
+            tl.store(at, d)
+        else:
+            tl.store(at, d, mask=inside)
+    else:
+        tl.store(at, d, mask=inside)
 
 
 # --- Launch
@@ -226,18 +286,37 @@ def tiles(shape, strides, itemsize: int, forward: bool) -> list[tuple[int, int, 
     return [(rows, block, warps), *others]
 
 
-def _units(shape, *strides: tuple[int, int, int]) -> tuple[int, list[int]]:
-    """(ALIGN, sizes and strides as the kernels take them).
+def _units(shape, *strides: tuple[int, int, int]) -> tuple[int, int, list[int]]:
+    """(ALIGN, UNIT for programs of one row, sizes and strides as the kernels take them).
 
     Where classes lie side by side, their number and the distances between rows are in units of ALIGN, up to 8, so that
-    1000 classes are read 16 bytes at a time: Triton itself sees only multiples of 16.
+    1000 classes are read 16 bytes at a time: Triton itself sees only multiples of 16. Where that does not make 8, UNIT
+    does, if all tensors' rows begin equally far from a multiple of it.
     """
     _, classes, positions = shape
     align = 1
     if all(s_c <= 1 for _, s_c, _ in strides):
         align = math.gcd(8, classes, *(distance for s_n, _, s_p in strides for distance in (s_n, s_p)))
     sizes = (classes // align, positions)
-    return align, [*sizes, *(x for s_n, s_c, s_p in strides for x in (s_n // align, s_c, s_p // align))]
+    rows = [s for s in strides if any(s)]  # not of labels
+    alike = all(s[1] == 1 for s in rows) and len({(s_n % 8, s_p % 8) for s_n, _, s_p in rows}) == 1
+    return (
+        align,
+        8 if alike and align < 8 else 1,
+        [*sizes, *(x for s_n, s_c, s_p in strides for x in (s_n // align, s_c, s_p // align))],
+    )
+
+
+def _tile(tile, unit):
+    rows, block, warps = tile
+    if rows > 1 or unit == 1:
+        return {"UNIT": 1, "ROWS": rows, "BLOCK": block, "num_warps": warps}
+    # 8 elements to a thread: the masked read takes an address for each.
+    return {"UNIT": unit, "ROWS": 1, "BLOCK": block, "num_warps": max(warps, block // 256)}
+
+
+def _flags(label_smoothing, z_loss, softcap):
+    return {"SMOOTH": label_smoothing > 0, "PENALTY": z_loss != 0, "CAP": softcap > 0}
 
 
 def cannot(input, *args) -> str | None:
@@ -261,20 +340,19 @@ def forward(input, target, weight, return_lse, reduction, ignore_index, label_sm
     shape = _shape(input, target) if soft else _shape(input)
     strides = _strides(input)
     n, classes, positions = shape
-    align, sizes = _units(shape, strides, _strides(target) if soft else (0, 0, 0))
-    sizes = (stats.shape[1], *sizes, ignore_index)
-    constants = {"SMOOTHING": label_smoothing, "Z_LOSS": z_loss, "SOFTCAP": softcap, "SOFT": soft, "ALIGN": align}
+    align, unit, sizes = _units(shape, strides, _strides(target) if soft else (0, 0, 0))
+    sizes = (stats.shape[1], *sizes, ignore_index, label_smoothing, z_loss, softcap)
+    constants = _flags(label_smoothing, z_loss, softcap) | {"SOFT": soft, "ALIGN": align}
 
     def run(tile):
-        rows, block, warps = tile
-        programs = n * triton.cdiv(positions, rows)
+        programs = n * triton.cdiv(positions, tile[0])
         partial = stats.new_empty(programs, 2, dtype=torch.float64)
         outputs = (loss if reduction == NONE.value else None, lse if return_lse else None, stats, partial)
         given = (input, target, weight, index_errors(input.device))
-        _forward_kernel[(programs,)](*outputs, *given, *sizes, **constants, ROWS=rows, BLOCK=block, num_warps=warps)
+        _forward_kernel[(programs,)](*outputs, *given, *sizes, **constants, **_tile(tile, unit))
         return partial
 
-    key = ("cross_entropy", input.dtype, bucket(n * positions), classes, soft, strides[1] == 1)
+    key = ("cross_entropy", input.device, input.dtype, bucket(n * positions), classes, soft, strides[1] == 1)
     partial = run(choose(key, tiles(shape, strides, input.element_size(), True), run)).sum(0)
     total.copy_(partial[1])
     if reduction != NONE.value:
@@ -291,18 +369,17 @@ def _backward(grad_input, grad_loss, grad_lse, input, target, weight, stats, tot
     strides = _strides(input)
     n, classes, positions = shape
     read = (grad_loss.contiguous(), None if grad_lse is None else grad_lse.contiguous(), input, target, weight)
-    align, sizes = _units(shape, _strides(grad_input), strides, _strides(target) if soft else (0, 0, 0))
-    sizes = (stats.shape[1], *sizes, ignore_index)
-    constants = {"REDUCTION": reduction, "SMOOTHING": label_smoothing, "Z_LOSS": z_loss, "SOFTCAP": softcap}
-    constants |= {"SOFT": soft, "ALIGN": align}
+    align, unit, sizes = _units(shape, _strides(grad_input), strides, _strides(target) if soft else (0, 0, 0))
+    sizes = (stats.shape[1], *sizes, ignore_index, label_smoothing, z_loss, softcap)
+    constants = _flags(label_smoothing, z_loss, softcap) | {"REDUCTION": reduction, "SOFT": soft, "ALIGN": align}
 
     def run(tile):
-        rows, block, warps = tile
-        grid = (n * triton.cdiv(positions, rows) * triton.cdiv(classes, block),)
-        tile = {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+        tile = _tile(tile, unit)
+        blocks = triton.cdiv(classes + tile["UNIT"] - 1, tile["BLOCK"])
+        grid = (n * triton.cdiv(positions, tile["ROWS"]) * blocks,)
         _backward_kernel[grid](grad_input, *read, weight_sum, stats, total, *sizes, **constants, **tile)
 
-    key = ("cross_entropy_backward", input.dtype, bucket(n * positions), classes, soft, strides[1] == 1)
+    key = ("cross_entropy_backward", input.device, input.dtype, bucket(n * positions), classes, soft, strides[1] == 1)
     candidates = tiles(shape, strides, input.element_size(), False)
     run(choose(key, candidates, None if grad_input is input else run))
 
