@@ -14,7 +14,9 @@ Bytes    forward: input and weight read and output written once, if the caches s
          to 64 channels, 64 x 56 x 56, bfloat16: 51 MB, 15 us on an H100, and 14.8 GFLOP, 19 us at 790 TFLOP/s. Eager
          PyTorch moves the output four times more for bias and ReLU, and the pool's int64 indices. Backward: gradient
          and saved output (pooled: a byte) read by both products, the input read, its gradient written, partial weights
-         of at most 512 tiles.
+         of at most 512 tiles. _pool: the map read, a number and a byte written per window. _gradient: gradient and
+         saved output (pooled: a byte) read, the map's gradient written. Each once, a pass's floor, unless windows
+         overlap: then the caches serve what is read again.
 Edges    a row or a channel past the end is 0 in both factors. NaN: kept by ReLU, the last of a window by the pool.
 Offsets  of 64 bits; divisions of 32 (see _pixels).
 """

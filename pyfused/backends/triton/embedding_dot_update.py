@@ -2,7 +2,8 @@
 
 Bytes   those of the sums, without gradients; each row that occurs, and its state, is read and written once. Users come
         first: the items' sums need the users' rows as they were, so those that the scores use are copied before (B D
-        elements written and, instead of the table's, read).
+        elements written and, instead of the table's, read). Floor: without the copy. B = 65,536 different ids, D = 64,
+        float32, SGD: 34 MB gathered, 34 MB copied, 67 MB of rows: 40 us on an H100, the floor 30.
 Sums    and steps in float32 (float64), in a fixed order: the same bits every time. No atomics, no wait for the device.
 Edges   scores with an id that is no row count for nothing; rows that no id names, and padding, stay as they are.
 """

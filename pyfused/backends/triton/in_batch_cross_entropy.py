@@ -1,7 +1,10 @@
 """in_batch_cross_entropy on a GPU: the BLAS, cross_entropy's and embedding_dot's kernels, and two small ones here.
 
 Tiles   _mask: a program takes ROWS x COLUMNS scores. _check: 1024 ids.
-Bytes   _mask reads two ids per row and column of a tile and writes where there is a hit, nothing else of the scores.
+Bytes   _mask reads two ids per row and column of a tile and writes where there is a hit, nothing else of the scores:
+        for B pairs 0.6 B^2 bytes of ids, from the caches. _check: 17 B bytes a side, its floor. The scores, in float32:
+        24 B^2 bytes, linear_cross_entropy's 6 elements each; up to B = 3500 they stay in an H100's L2. Flops: 6 B^2 D;
+        B = 8192, D = 64 in float32 on an H100: 0.39 ms at 67 TFLOP/s, and the scores' 1.6 GB 0.48 ms.
 Edges   An id that is no row of its table: the loss is NaN (every row's softmax contains every item), gradients are 0.
 """
 
@@ -16,8 +19,9 @@ from .common import ARGUMENTS, index_errors, kernel, report_index_error
 
 @triton.jit
 def _mask_kernel(scores, item, first, rows, batch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    b = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    blocks = tl.cdiv(batch, COLUMNS)
+    b = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     own = tl.load(item + first + b, mask=b < rows, other=0)
     other = tl.load(item + c, mask=c < batch, other=0)
     hit = (own[:, None] == other[None, :]) & ((first + b)[:, None] != c[None, :])
@@ -46,7 +50,8 @@ def _chunk(table, batch):
 
 def _mask(item):
     def mask(scores, first):
-        grid = (triton.cdiv(len(scores), 16), triton.cdiv(len(item), 128))
+        # Of one dimension: others end at 65535, that of the columns with 8.4 million pairs.
+        grid = (triton.cdiv(len(scores), 16) * triton.cdiv(len(item), 128),)
         _mask_kernel[grid](scores, item, first, len(scores), len(item), ROWS=16, COLUMNS=128)
 
     return mask
