@@ -530,6 +530,9 @@ LINEAR_CROSS_ENTROPY: list[Case] = [
         "wide", "more than 256 features: a bias counted once per block of them elsewhere", dim=513, bias=True
     ),
     linear_cross_entropy_case(
+        "wide_few_classes", "the same, small enough for Triton's interpreter", rows=3, dim=257, classes=7, bias=True
+    ),
+    linear_cross_entropy_case(
         "options", "weights, smoothing, ignored rows", weight=True, label_smoothing=0.1, ignored=3, ignore_index=3
     ),
     linear_cross_entropy_case("z_loss", "z-loss and softcap", z_loss=0.01, softcap=2.0, bias=True, reduction="sum"),

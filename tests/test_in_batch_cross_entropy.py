@@ -207,6 +207,19 @@ def test_gradients_of_a_hot_id_are_summed_in_float32(dtype):
     torch.testing.assert_close(grads[0], grads[1], rtol=torch.finfo(dtype).eps, atol=0)
 
 
+def test_fp16_under_loss_scaling_keeps_its_gradient(variant):
+    """p is 1.2e-4 but at the pair: divided by the batch before the loss scale is applied, fp16 has a digit left."""
+    ids = torch.arange(96)
+    scaled, exact = (
+        [(torch.eye(96) * 3).to(dtype).requires_grad_() for _ in "ui"] for dtype in (torch.float16, torch.float64)
+    )
+    loss = PF.in_batch_cross_entropy(ids.to(variant), ids.to(variant), *(t.to(variant) for t in scaled))
+    got = torch.autograd.grad(loss, scaled, torch.tensor(1024.0, dtype=torch.float16, device=variant))
+    truth = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].t(), ids) * 1024, exact)
+    for g, t in zip(got, truth, strict=True):
+        torch.testing.assert_close(g.double(), t, rtol=4e-3, atol=1e-7)
+
+
 def test_confident_rows_keep_their_gradient():
     """A margin of 20: 1 - p rounds to 0 in float32, the gradient e^-20 does not."""
     user, item = torch.arange(2), torch.arange(2)
