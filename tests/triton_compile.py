@@ -157,7 +157,8 @@ def describe(kernel) -> dict:
     the products of 32 bits in its addresses, the types of its floating-point arguments, and what it does by atomics."""
     found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     found["narrow"] = narrow_products(kernel.asm["ttir"])
-    found["floats"] = sorted(set(re.findall(r"%\w+: (f\d+)", kernel.asm["ttir"])))
+    signature = re.search(r"tt\.func public .*", kernel.asm["ttir"])[0]
+    found["floats"] = sorted(set(re.findall(r"%\w+: (f\d+)", signature)))
     found["atomics"] = sorted(set(re.findall(r"tt\.atomic_\w+ (\w+)", kernel.asm["ttir"])))
     if "ptx" in kernel.asm:
         usage = tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
@@ -168,8 +169,8 @@ def describe(kernel) -> dict:
     else:
         text, accesses = kernel.asm["amdgcn"], r"(?:global|buffer)_(?:load|store)_\w+"
         names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        registers, *spilled = (int(re.search(rf"\.{name}: +(\d+)", text)[1]) for name in names)
-        found |= {"registers": registers, "spilled": sum(spilled)}
+        registers, vectors, scalars, scratch = (int(re.search(rf"\.{name}: +(\d+)", text)[1]) for name in names)
+        found |= {"registers": registers, "spilled": vectors + scratch, "scalars_spilled": scalars}
     return {**found, "accesses": collections.Counter(re.findall(accesses, text))}
 
 

@@ -312,7 +312,8 @@ def _tile(tile, unit):
     if rows > 1 or unit == 1:
         return {"UNIT": 1, "ROWS": rows, "BLOCK": block, "num_warps": warps}
     # 8 elements to a thread: the masked read takes an address for each.
-    return {"UNIT": unit, "ROWS": 1, "BLOCK": block, "num_warps": max(warps, block // 256)}
+    warps = max(warps, block // (512 if torch.version.hip else 256))
+    return {"UNIT": unit, "ROWS": 1, "BLOCK": block, "num_warps": warps}
 
 
 def _flags(label_smoothing, z_loss, softcap):
