@@ -125,7 +125,9 @@ import pyfused
 assert not {{"cuda", "triton"}} & set(pyfused.dispatch.UNAVAILABLE), pyfused.dispatch.UNAVAILABLE
 print("imported")
 torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 5
+torch.cuda.get_device_capability = lambda device: (7, 5)
 assert pyfused.available_backends()["cuda"] is None
+assert "GPU 5 has 7.5" in pyfused.available_backends()["triton"]
 torch.cuda.is_available = lambda: False
 print(pyfused.available_backends()["cuda"])
 """
