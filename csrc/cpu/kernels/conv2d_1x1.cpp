@@ -151,6 +151,8 @@ Status convolve_1x1(View out, View input, View weight, View bias, const Epilogue
                   "must be float32 [O, C, 1, 1], or packed");
   PYFUSED_REQUIRE(is_bias(bias, outputs), "bias", "must be O contiguous float32");
   int64_t size = max<int64_t>(kBlock, (32 << 10) / (channels + 1) / kBlock * kBlock);
+  int64_t share = round_up(ceil_div(out.shape[0] * out.shape[2] * out.shape[3], max(threads, 1)), kRows);
+  if (nhwc) size = max<int64_t>(kRows, min(size, share));  // few pixels: some for every thread
   Pixels x(input, nhwc, min<int64_t>(size, 4 * kBlock)), y(out, nhwc, min<int64_t>(size, 4 * kBlock));
   int64_t pitch = round_up(channels, lanes<float>), buffer = nhwc ? 0 : x.size * (pitch + padded);
   int64_t own = finished ? 0 : padded * channels;

@@ -30,6 +30,7 @@ from .widen import is_slow, widened
 
 WINOGRAD_SAVES = 1200  # products per pair of channels
 REMEMBERED_SAVES = 500  # the same without gradients, where the weight's transform is remembered
+LEAST_1X1, LEAST_1X1_REMEMBERED = 256, 32  # positions that repay packing the weight, and reading it
 LARGE_WEIGHT = 64 << 10  # bytes of a weight whose transform is worth remembering
 LEAST_TRAINED_1X1 = 1_500_000  # numbers of output
 
@@ -57,8 +58,9 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     remembered = weight.nbytes >= LARGE_WEIGHT and not needs_grad(input, weight, bias)
     if winograd and op.allowed_algorithms() == "auto" and saves >= (REMEMBERED_SAVES if remembered else WINOGRAD_SAVES):
         return "winograd"
-    if (kh, kw) == (1, 1) and tuple(stride) == (1, 1) and max(padding) == 0 and n * height * width >= 256:
-        return "1x1"  # from there on packing the weight costs nothing
+    least = LEAST_1X1_REMEMBERED if remembered else LEAST_1X1
+    if (kh, kw) == (1, 1) and tuple(stride) == (1, 1) and max(padding) == 0 and n * height * width >= least:
+        return "1x1"
     return "aten"
 
 
