@@ -98,6 +98,7 @@ def _add_grads(d_logits, rows, input, linear_weight, grads, needed):
 
 
 def add_product(out, a, b, overwrite):
+    """out += a b, or out = a b; the product has the factors' dtype."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if overwrite else out.addmm_(a, b)
     else:
@@ -121,7 +122,7 @@ def run_forward(
     adjust: called with a chunk's logits and the number of its first row, may change them before the softmax.
     recycle: gives a tensor like its argument, in memory that was in use before.
     """
-    target, weight = _like(chunk, target), _like(chunk, weight)
+    weight = _like(chunk, weight)
     given = (input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
     late = input.dtype == torch.float16  # gradients of the logits divided by a large batch would underflow
     if 0 < len(input) <= len(chunk) and not late:
@@ -139,7 +140,7 @@ def run_forward(
         logits = product(input[rows], linear_weight, linear_bias, chunk[: rows.stop - begin])
         if adjust is not None:
             adjust(logits, begin)
-        given = (target[rows], weight)
+        given = (_like(chunk, target[rows]), weight)
         try:
             part, _, part_stats, part_total = ce._forward(logits, *given, False, mode, *options)
         except IndexError as error:  # which counts from the chunk's first row
@@ -166,6 +167,7 @@ def run_forward(
 def _one_chunk(logits, input, linear_weight, linear_bias, target, weight, needed, reduction, *options, adjust, recycle):
     """The same for all rows at once, which is cross_entropy: nothing to add up, and a third of the calls."""
     product(input, linear_weight, linear_bias, logits)
+    target = _like(logits, target)
     if adjust is not None:
         adjust(logits, 0)
     loss, _, stats, total = ce._forward(logits, target, weight, False, reduction, *options)
@@ -198,14 +200,14 @@ def run_backward(
     recycle=None,
 ):  # fmt: skip
     """The registered op for reduction "none": the logits again, chunk by chunk."""
-    target, weight = _like(chunk, target), _like(chunk, weight)
+    weight = _like(chunk, weight)
     grads, partial = _ready(alloc_grads(input, linear_weight, needed), input, chunk, recycle)
     for begin in range(0, input.shape[0], len(chunk)):
         rows = slice(begin, min(begin + len(chunk), input.shape[0]))
         logits = product(input[rows], linear_weight, linear_bias, chunk[: rows.stop - begin])
         if adjust is not None:
             adjust(logits, begin)
-        given = (target[rows], weight, stats[:, rows].contiguous(), total)
+        given = (_like(chunk, target[rows]), weight, stats[:, rows].contiguous(), total)
         ce._backward_(grad_loss[rows].contiguous(), None, logits, *given, _NONE, *options)
         _add_grads(logits, rows, input, linear_weight, partial, needed)
     return _finished(grads, partial)

@@ -4,11 +4,10 @@
 //   out[p, o] = act(∑_c x[p, c] w[o, c] + b[o] [+ r[p, o]])
 //
 // Layout  channels_last: pixels are rows as they lie. NCHW: blocks of pixels are transposed into rows on their way into
-//         cache, and results on their way out; the weight is packed into panels W[⌈outputs/16⌉][C][16],
-//         unless it comes so.
+//         cache, and results on their way out; the weight is packed into panels W[⌈outputs/16⌉][C][16], or comes so.
 // Tiles   threads take blocks of pixels that fit half an L2 with their channels; 6 pixels x 4 (AVX2: 2) vectors of outputs
 //         stay in registers over all of C. No sum is split over threads: the bits do not depend on their number.
-// Flops   2 per pixel, C and O. Traffic: every operand once.
+// Flops   2 per pixel, C and O. Traffic: every operand once, the next rows of the input and the residual fetched ahead.
 // Edges   any N, C, O, H, W; whatever passes the last whole vector goes through a buffer.
 // Backward is PyTorch's: products of this kind, the mask and the bias gradient inside, took 1.2 to 1.5 times as long as
 //         oneDNN's two and a pass for the mask, on most shapes and on either layout.

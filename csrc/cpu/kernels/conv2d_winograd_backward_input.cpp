@@ -59,13 +59,12 @@ Status conv2d_winograd_backward_input(View grad_input, View grad, View saved, Vi
   PYFUSED_REQUIRE(!saved || has_shape(saved, n, outputs, grad_height, grad_width), "saved",
                   "must have the shape of out");
   Overlapping sink{grad_input.as<float>(), pad_h, pad_w, height, width, inputs};
-  PYFUSED_REQUIRE(tile == 3 || tile == 4, "tile", "must be 3 or 4");
-  Grid grid(n, factor * grad_height, factor * grad_width, tile);
-  if (!grid.count) {  // no pixel reaches the output
-    std::memset(grad_input.data, 0, sizeof(float) * grad_input.numel());
-    return {};
-  }
   return with_tile(tile, [&](auto tag) {
+    Grid grid(n, factor * grad_height, factor * grad_width, tag.value);
+    if (!grid.count) {  // no pixel reaches the output
+      std::memset(grad_input.data, 0, sizeof(float) * grad_input.numel());
+      return Status{};
+    }
     auto convolve_from = [&](const auto& source) {
       convolve<tag.value, tag.value>(source, sink, grid, {weight, true}, 0, 0, threads);
       return Status{};

@@ -26,7 +26,7 @@ from ...dispatch import kernel
 from ...memory import cached, derived
 from ...ops import conv2d_relu as op
 from ...ops import conv2d_relu_max_pool2d as pool_op
-from .widen import is_slow, widened
+from .widen import is_dense, is_slow, widened
 
 WINOGRAD_SAVES = 1200  # products per pair of channels
 REMEMBERED_SAVES = 500  # the same without gradients, where the weight's transform is remembered
@@ -173,8 +173,7 @@ def _padded_outputs(weight: torch.Tensor) -> int:
 
 def _prepared(weight: torch.Tensor, kind: str, size: int, prepare: Callable, *options) -> torch.Tensor:
     """prepare(result [size], weight, *options, threads) if that is remembered or now made to be, else the weight."""
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    if weight.nbytes < LARGE_WEIGHT or not dense:
+    if weight.nbytes < LARGE_WEIGHT or not is_dense(weight):
         return weight
 
     def make():

@@ -17,7 +17,7 @@ from ...dispatch import kernel
 from ...memory import cached
 from ...ops import cross_entropy as ce
 from ...ops import linear_chunks as op
-from .widen import arithmetic_dtype
+from .widen import product_dtype
 
 _NONE, _SUM = (ce.REDUCTIONS.index(r) for r in ("none", "sum"))
 _BLOCK = 8 << 20  # bytes of a block of logits: at 2 MiB forward of 1024 x 384 x 50257 is a fifth slower
@@ -35,7 +35,7 @@ def _chunk(input, linear_weight):
     as much again as the logits take: 74 to 84 MiB in all, against 38 MiB at 171 rows, which are 3% slower than 256.
     """
     rows, classes = input.shape[0], linear_weight.shape[0]
-    dtype = arithmetic_dtype(input)
+    dtype = product_dtype(input)
 
     def rows_in(mebibytes):
         return (mebibytes << 20) // (classes * dtype.itemsize)
@@ -57,7 +57,7 @@ class _Classes:
     """The logits of all rows, a block of classes at a time."""
 
     def __init__(self, input, linear_weight, linear_bias, target, weight, ignore_index, z_loss, softcap):
-        input = input.to(arithmetic_dtype(input))
+        input = input.to(product_dtype(input))
         self.layer, self.target = (input, linear_weight, linear_bias), target
         self.z_loss, self.softcap = z_loss, softcap
         self.counted = target != ignore_index

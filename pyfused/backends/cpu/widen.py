@@ -39,7 +39,7 @@ def is_slow(x: torch.Tensor) -> bool:
     return x.dtype in SLOW
 
 
-def arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
+def product_dtype(x: torch.Tensor) -> torch.dtype:
     """In which products of x are computed."""
     return torch.float32 if is_slow(x) else x.dtype
 
@@ -71,16 +71,17 @@ def _wide(x):
     if not isinstance(x, torch.Tensor) or x.dtype not in SLOW:
         return x
     # What is dense keeps its strides; of anything else the layout that convolutions see in it is kept.
-    layout = torch.preserve_format if _is_dense(x) or x.dim() != 4 else memory_format(x)
+    layout = torch.preserve_format if is_dense(x) or x.dim() != 4 else memory_format(x)
     return cached(torch.empty_like(x, dtype=torch.float32, memory_format=layout)).copy_(x)
 
 
-def _is_dense(x: torch.Tensor) -> bool:
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether it is contiguous or channels_last."""
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _wide_weight(weight: torch.Tensor) -> torch.Tensor:
-    worth_it = weight.nbytes >= _LARGE_WEIGHT and _is_dense(weight)
+    worth_it = weight.nbytes >= _LARGE_WEIGHT and is_dense(weight)
     wide = derived(weight, "float32", lambda: _wide(weight)) if worth_it else None
     return _wide(weight) if wide is None else wide
 
