@@ -11,6 +11,7 @@ from cases import CASES
 import pyfused
 import pyfused.functional as PF
 from pyfused import dispatch
+from pyfused.ops.linear_chunks import add_product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
 SOME = [c for c in CASES if c.grad][::5]
@@ -165,3 +166,14 @@ def test_more_than_2_31_elements(backend):
     expected = torch.nn.functional.cross_entropy(last, target[-1:])
     (truth,) = torch.autograd.grad(expected, last)
     torch.testing.assert_close(grad[-1:].double(), truth, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_16_bit_factors_is_added_in_float32(dtype, overwrite):
+    """A chunk's part of linear_cross_entropy's weight gradient is never rounded to 16 bits."""
+    a, b = torch.randn(128, 96, device="cuda", dtype=dtype), torch.randn(96, 64, device="cuda", dtype=dtype)
+    out = torch.randn(128, 64, device="cuda")
+    expected = a.double() @ b.double() + (0 if overwrite else out.double())
+    add_product(out, a, b, overwrite)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)

@@ -98,9 +98,12 @@ def _add_grads(d_logits, rows, input, linear_weight, grads, needed):
 
 
 def add_product(out, a, b, overwrite):
-    """out += a b, or out = a b; the product has the factors' dtype."""
+    """out += a b, or out = a b. Elsewhere than on NVIDIA's GPUs a product has the factors' dtype before it is added."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if overwrite else out.addmm_(a, b)
+    elif out.is_cuda and torch.version.cuda:
+        kept = {"out_dtype": out.dtype, "out": out}
+        torch.mm(a, b, **kept) if overwrite else torch.addmm(out, a, b, **kept)
     else:
         part = torch.mm(a, b)
         out.copy_(part) if overwrite else out.add_(part)

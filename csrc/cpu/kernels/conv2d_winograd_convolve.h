@@ -16,24 +16,33 @@ constexpr int64_t kBlockBytes = 128 << 10;
 constexpr int64_t kLargeWeight = 2 << 20;  // bytes of U that outgrow a core's cache
 constexpr int64_t kSharedBytes = 4 << 20;  // of V and M where all threads work on the same tiles
 constexpr int64_t kSharedRows = 48;        // tiles of one point's product that a thread takes at a time
+// Input channels of a product at a time: what it reads of U, 32 KiB, stays in the L1 cache while rows of V pass.
+constexpr int64_t kDepth = (32 << 10) / (sizeof(float) * kVectors * lanes<float>);
+
+// m[t][:] (+)= v[t][:] · b for `tiles` rows and B vectors of columns, which lie `next` apart.
+template <int B, bool Add>
+PYFUSED_INLINE void multiply_rows(const float* v, int64_t v_row, int64_t tiles, const float* b, int64_t next,
+                                  int64_t depth, float* m) {
+  int64_t t = 0;
+  for (; t + kRows <= tiles; t += kRows)
+    multiply<kRows, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
+  with_constant<kRows - 1>(static_cast<int>(tiles - t), [&](auto rows) {
+    multiply<rows.value, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
+  });
+}
 
 // M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point.
 PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles, const float* u, int64_t depth,
                                    int panels, float* m) {
   constexpr int per_panel = kPanel / lanes<float>;
   int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next vector of channels
+  int64_t part = ceil_div(depth, ceil_div(depth, kDepth));
   for (int j = 0; j < panels * per_panel; j += kVectors) {
     const float* b = u + j / per_panel * depth * kPanel + j % per_panel * lanes<float>;
     with_constant<kVectors>(min(kVectors, panels * per_panel - j), [&](auto vectors) {
-      float* out = m + j * lanes<float>;
-      int64_t t = 0;
-      for (; t + kRows <= tiles; t += kRows)
-        multiply<kRows, vectors.value, false>(v + t * v_row, v_row, 1, b, next, kPanel, depth, out + t * kGroup,
-                                              kGroup);
-      with_constant<kRows - 1>(static_cast<int>(tiles - t), [&](auto rows) {
-        multiply<rows.value, vectors.value, false>(v + t * v_row, v_row, 1, b, next, kPanel, depth, out + t * kGroup,
-                                                   kGroup);
-      });
+      for (int64_t c = 0; c < depth; c += part)
+        (c ? multiply_rows<vectors.value, true> : multiply_rows<vectors.value, false>)(
+            v + c, v_row, tiles, b + c * kPanel, next, min(part, depth - c), m + j * lanes<float>);
     });
   }
 }
