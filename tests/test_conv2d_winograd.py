@@ -1,5 +1,8 @@
 """The Winograd kernels by themselves, on every instruction set, against float64: forward, pool, both gradients."""
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,18 +184,33 @@ def test_integers_are_exact(tile):
     assert torch.equal(grads[0].double(), exact[0]) and torch.equal(grads[2].double(), exact[2])
 
 
-def test_any_weight_strides():
-    x, weight, bias = make(1, 20, 6, 6, 24)
-    strided = torch.zeros(3, 3, 20, 48)[..., ::2].permute(3, 2, 0, 1).copy_(weight)
+@pytest.mark.parametrize("c,o", [(20, 24), (32, 48), (16, 16), (7, 33)])
+def test_any_weight_strides(c, o):
+    """Filters are read 16 by 16, with vectors where channels or taps lie side by side, at the edges one by one."""
+    x, weight, bias = make(1, c, 6, 6, o)
+    strided = torch.zeros(3, 3, c, 2 * o)[..., ::2].permute(3, 2, 0, 1).copy_(weight)
     # The 16 floats that keep points apart are never written.
     assert torch.equal(transform(strided).nan_to_num(), transform(weight, threads=3).nan_to_num())
     grad = forward(x, weight, bias, (1, 1))
     assert torch.equal(grad, forward(x, strided, bias, (1, 1)))
     for layout in (strided, weight.to(memory_format=CHANNELS_LAST)):
         assert torch.equal(backward(x, layout, grad, grad, (1, 1))[0], backward(x, weight, grad, grad, (1, 1))[0])
-    written = torch.zeros(3, 3, 20, 24).permute(3, 2, 0, 1)
+        assert torch.equal(transform(strided).nan_to_num(), transform(layout).nan_to_num())
+        assert torch.equal(backward(x, layout, grad, grad, (1, 1))[1], backward(x, weight, grad, grad, (1, 1))[1])
+    written = torch.zeros(3, 3, c, o).permute(3, 2, 0, 1)
     _C.conv2d_winograd_backward_weight(written, None, grad, grad, x, 1, 1, 4, 1)
     assert torch.equal(written, backward(x, weight, grad, grad, (1, 1))[1])
+
+
+def test_nothing_is_read_past_the_weights_end():
+    """On AVX-512 a filter of 9 is read as a vector of 16; behind this weight is a page that may not be read."""
+    pages, weight = mmap.mmap(-1, 2 * mmap.PAGESIZE), torch.randn(16, 2, 3, 3)
+    offset = mmap.PAGESIZE - 4 * weight.numel()
+    at_the_end = torch.frombuffer(pages, dtype=torch.float32, count=weight.numel(), offset=offset).view_as(weight)
+    at_the_end.copy_(weight)
+    behind = ctypes.c_void_p(at_the_end.data_ptr() + 4 * weight.numel())
+    assert ctypes.CDLL(None).mprotect(behind, mmap.PAGESIZE, 0) == 0
+    assert torch.equal(transform(at_the_end).nan_to_num(), transform(weight).nan_to_num())
 
 
 def constant(values, bias):

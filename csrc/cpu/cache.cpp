@@ -44,20 +44,6 @@ std::size_t size_class(std::size_t bytes) {
   return (bytes + quarter - 1) / quarter * quarter;
 }
 
-void* allocate(std::size_t size) {
-  std::size_t alignment = size >= kHugePage ? kHugePage : 4096;
-  void* block = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
-  if (!block) {
-    cache_empty();
-    block = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
-    if (!block) throw std::bad_alloc();
-  }
-#if defined(__linux__)
-  if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // one fault per 2 MiB; a hint, may fail
-#endif
-  return block;
-}
-
 // Takes the blocks that were unused for longest out of the cache until it holds at most `bytes`. The mutex is held.
 std::vector<void*> evict(Cache& c, std::size_t bytes) {
   std::vector<void*> evicted;
@@ -79,6 +65,20 @@ void release(const std::vector<void*>& blocks) {
 
 }  // namespace
 
+void* allocate_pages(std::size_t size) {
+  std::size_t alignment = size >= kHugePage ? kHugePage : 4096;
+  void* block = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+  if (!block) {
+    cache_empty();
+    block = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+    if (!block) throw std::bad_alloc();
+  }
+#if defined(__linux__)
+  if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // one fault per 2 MiB; a hint, may fail
+#endif
+  return block;
+}
+
 void* cache_take(std::size_t bytes) {
   std::size_t size = size_class(bytes);
   {
@@ -92,7 +92,7 @@ void* cache_take(std::size_t bytes) {
       return block;
     }
   }
-  return allocate(size);
+  return allocate_pages(size);
 }
 
 void cache_give(void* block, std::size_t bytes) {

@@ -11,6 +11,9 @@ namespace pyfused {
 
 constexpr std::size_t kCacheSmallest = 64 << 10;  // smaller tensors stay with malloc, which serves them without faults
 
+// Fresh memory, 4096-byte aligned, in huge pages where they fit; std::free gives it back. Throws std::bad_alloc.
+void* allocate_pages(std::size_t size);
+
 void* cache_take(std::size_t bytes);              // 4096-byte aligned; throws std::bad_alloc
 void cache_give(void* block, std::size_t bytes);  // with the bytes that were asked for
 std::size_t cache_held();                         // bytes in free blocks

@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "cpu/cache.h"
 #include "cpu/scratch.h"
 
 namespace pyfused {
@@ -83,12 +84,9 @@ void* scratch(int slot, std::size_t bytes) {
   Buffer& buffer = buffers[slot];
   if (buffer.size < bytes) {
     std::free(buffer.data);
-    buffer.size = (bytes + bytes / 2 + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(4096, buffer.size);
-    if (!buffer.data) {
-      buffer.size = 0;
-      throw std::bad_alloc();
-    }
+    buffer.data = nullptr, buffer.size = 0;  // allocate_pages may throw
+    buffer.data = allocate_pages(bytes + bytes / 2);
+    buffer.size = bytes + bytes / 2;
   }
   return buffer.data;
 }

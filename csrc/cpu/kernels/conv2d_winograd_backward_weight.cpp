@@ -47,6 +47,22 @@ void add_bias(float* bias, const float* z, int64_t z_row, int64_t z_point, int64
     for (int64_t o = 0; o < outputs; o += lanes<float>) store(bias + o, load(bias + o) + load(sums + t * z_row + o));
 }
 
+// w's first `count` lanes to the filters of output o and the channels from c on.
+PYFUSED_INLINE void store_filters(const V (&w)[9], int64_t count, const View& out, int64_t o, int64_t c) {
+  float* to = out.as<float>() + o * out.strides[0] + c * out.strides[1];
+  int64_t place[9];
+  for (int tap = 0; tap < 9; ++tap) place[tap] = tap / 3 * out.strides[2] + tap % 3 * out.strides[3];
+  if (count == lanes<float> && out.strides[1] == 1) {
+    for (int tap = 0; tap < 9; ++tap) store(to + place[tap], w[tap]);
+    return;
+  }
+  float taps[9][lanes<float>];
+#pragma GCC unroll 9
+  for (int tap = 0; tap < 9; ++tap) store(taps[tap], w[tap]);
+  for (int64_t i = 0; i < count; ++i)
+    for (int tap = 0; tap < 9; ++tap) to[i * out.strides[1] + place[tap]] = taps[tap][i];
+}
+
 // grad_weight = Gᵀ (∑_slices D) G for `rows` outputs from `first` on and channels [c_begin, c_end), where `d` starts.
 template <int T>
 void transform_back(const float* d, int64_t d_row, int64_t d_point, int64_t slices, int64_t d_slice, int64_t first,
@@ -60,13 +76,7 @@ void transform_back(const float* d, int64_t d_row, int64_t d_point, int64_t slic
 #pragma GCC unroll 36
         for (int k = 0; k < kPoints<T>; ++k) u[k] += load(d + slice * d_slice + k * d_point + c - c_begin);
       transform_filter_back<T>(u, w);
-      float taps[9][lanes<float>];
-#pragma GCC unroll 9
-      for (int tap = 0; tap < 9; ++tap) store(taps[tap], w[tap]);
-      float* to = out.as<float>() + o * out.strides[0] + c * out.strides[1];
-      for (int64_t i = 0; i < min<int64_t>(lanes<float>, c_end - c); ++i)
-        for (int tap = 0; tap < 9; ++tap)
-          to[i * out.strides[1] + tap / 3 * out.strides[2] + tap % 3 * out.strides[3]] = taps[tap][i];
+      store_filters(w, min<int64_t>(lanes<float>, c_end - c), out, o, c);
     }
 }
 

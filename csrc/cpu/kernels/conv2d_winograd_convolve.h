@@ -41,8 +41,9 @@ PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles,
     const float* b = u + j / per_panel * depth * kPanel + j % per_panel * lanes<float>;
     with_constant<kVectors>(min(kVectors, panels * per_panel - j), [&](auto vectors) {
       for (int64_t c = 0; c < depth; c += part)
-        (c ? multiply_rows<vectors.value, true> : multiply_rows<vectors.value, false>)(
-            v + c, v_row, tiles, b + c * kPanel, next, min(part, depth - c), m + j * lanes<float>);
+        (c ? multiply_rows<vectors.value, true>
+           : multiply_rows<vectors.value, false>)(v + c, v_row, tiles, b + c * kPanel, next, min(part, depth - c),
+                                                  m + j * lanes<float>);
     });
   }
 }
@@ -57,33 +58,79 @@ struct Weight {
 
 PYFUSED_INLINE int64_t point_stride(int64_t panels, int64_t depth) { return panels * depth * kPanel + kSkew; }
 
+constexpr int kFilters = 16;  // input channels whose filters are read at a time
+
+struct Filters {  // of one panel of outputs
+  const float* data;
+  int64_t outputs, depth, output_stride, depth_stride, tap[9];
+  const float* end;  // of the weight, if each filter lies in one piece
+};
+
+// taps[tap][c][o] of at most kPanel by kFilters filters: with vectors where either channels or taps lie side by side.
+PYFUSED_INLINE void load_filters(const Filters& f, float (&taps)[9][kFilters][kPanel]) {
+  constexpr int L = lanes<float>;
+  bool full = f.outputs == kPanel;
+  V square[L];
+  if (full && f.output_stride == 1) {
+    for (int tap = 0; tap < 9; ++tap)
+      for (int64_t c = 0; c < f.depth; ++c)
+        for (int o = 0; o < kPanel; o += L) store(taps[tap][c] + o, load(f.data + f.tap[tap] + c * f.depth_stride + o));
+    return;
+  }
+  if (full && f.depth == kFilters && f.depth_stride == 1) {
+    for (int tap = 0; tap < 9; ++tap)
+      for (int o = 0; o < kPanel; o += L)
+        for (int c = 0; c < kFilters; c += L) {
+          for (int i = 0; i < L; ++i) square[i] = load(f.data + f.tap[tap] + (o + i) * f.output_stride + c);
+          transpose<float>(square);
+          for (int i = 0; i < L; ++i) store(taps[tap][c + i] + o, square[i]);
+        }
+    return;
+  }
+  for (int64_t c = 0; c < f.depth; ++c) {
+    const float* from = f.data + c * f.depth_stride;
+    int tap = 0;
+    if (full && from + (kPanel - 1) * f.output_stride + max(9, L) <= f.end)  // on AVX-512 7 floats too many are read
+      for (constexpr int step = L < 9 ? L : 9; tap + step <= 9; tap += step)
+        for (int o = 0; o < kPanel; o += L) {
+          for (int i = 0; i < L; ++i) square[i] = load(from + (o + i) * f.output_stride + tap);
+          transpose<float>(square);
+          for (int i = 0; i < step; ++i) store(taps[tap + i][c] + o, square[i]);
+        }
+    for (; tap < 9; ++tap)
+      for (int64_t o = 0; o < kPanel; ++o) taps[tap][c][o] = o < f.outputs ? from[f.tap[tap] + o * f.output_stride] : 0;
+  }
+}
+
 // U of `panels` panels from panel `first` on: u[points][panels][depth][16], points `point_stride(panels, depth)` apart.
 template <int T>
 void transform_weight(const Weight& weight, int64_t first, int64_t panels, float* u, int threads) {
   const View& view = weight.view;
   int64_t outputs = view.shape[weight.transposed], depth = view.shape[!weight.transposed];
   int64_t output_stride = view.strides[weight.transposed], depth_stride = view.strides[!weight.transposed];
-  int64_t point = point_stride(panels, depth), offset[9];
-  for (int tap = 0; tap < 9; ++tap) offset[tap] = tap / 3 * view.strides[2] + tap % 3 * view.strides[3];
-  parallel_for(panels * depth, 64, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; ++row) {  // in the order in which the filters lie
-      int64_t panel = output_stride < depth_stride ? row % panels : row / depth;
-      int64_t c = output_stride < depth_stride ? row / panels : row % depth;
-      int64_t o = (first + panel) * kPanel, count = min<int64_t>(kPanel, outputs - o);
-      const float* from = view.as<float>() + o * output_stride + c * depth_stride;
-      float taps[9][kPanel] = {};
-      for (int64_t i = 0; i < count; ++i, from += output_stride)
+  int64_t point = point_stride(panels, depth), blocks = ceil_div(depth, kFilters);
+  parallel_for(panels * blocks, 4, threads, [&](int64_t begin, int64_t end, int) {
+    float taps[9][kFilters][kPanel];
+    Filters filters{nullptr, 0, 0, output_stride, depth_stride, {}, nullptr};
+    for (int tap = 0; tap < 9; ++tap) filters.tap[tap] = tap / 3 * view.strides[2] + tap % 3 * view.strides[3];
+    if (view.contiguous()) filters.end = view.as<float>() + view.numel();
+    for (int64_t item = begin; item < end; ++item) {  // in the order in which the filters lie
+      bool across = output_stride < depth_stride;
+      int64_t panel = across ? item % panels : item / blocks, c = (across ? item / panels : item % blocks) * kFilters;
+      int64_t o = (first + panel) * kPanel;
+      filters.data = view.as<float>() + o * output_stride + c * depth_stride;
+      filters.outputs = min<int64_t>(kPanel, outputs - o), filters.depth = min<int64_t>(kFilters, depth - c);
+      load_filters(filters, taps);
+      for (int64_t d = 0; d < filters.depth; ++d)
+        for (int i = 0; i < kPanel; i += lanes<float>) {
+          V w[9], points[kPoints<T>];
 #pragma GCC unroll 9
-        for (int tap = 0; tap < 9; ++tap) taps[tap][i] = from[offset[tap]];
-      for (int i = 0; i < kPanel; i += lanes<float>) {
-        V w[9], points[kPoints<T>];
-#pragma GCC unroll 9
-        for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps[tap] + i);
-        transform_filter<T>(w, points);
-        float* to = u + (panel * depth + c) * kPanel + i;
+          for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps[tap][d] + i);
+          transform_filter<T>(w, points);
+          float* to = u + (panel * depth + c + d) * kPanel + i;
 #pragma GCC unroll 36
-        for (int k = 0; k < kPoints<T>; ++k) store(to + k * point, points[k]);
-      }
+          for (int k = 0; k < kPoints<T>; ++k) store(to + k * point, points[k]);
+        }
     }
   });
 }
