@@ -22,6 +22,7 @@ FULL: list[Case] = [
     Conv(shape=(8, 64, 56, 56), out=64, padding=1, why="ResNet stage 1"),
     Conv(shape=(8, 128, 28, 28), out=128, padding=1, why="ResNet stage 2"),
     Conv(shape=(8, 256, 14, 14), out=256, padding=1, why="ResNet stage 3: weights outweigh the maps"),
+    Conv(shape=(8, 512, 7, 7), out=512, padding=1, why="ResNet stage 4: nothing but weights"),
     Conv(shape=(8, 256, 56, 56), out=64, kernel=1, why="ResNet bottleneck: 1x1 is a matrix product"),
     Conv(shape=(8, 3, 224, 224), out=64, kernel=7, stride=2, padding=3, first=True, why="ResNet stem"),
     Conv(shape=(8, 64, 56, 56), out=128, stride=2, padding=1, why="a ResNet stage's first layer: stride 2"),

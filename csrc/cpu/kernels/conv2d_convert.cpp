@@ -1,7 +1,7 @@
 // Between the two layouts of a (N, C, H, W) tensor: per image, the transpose of a C x HW matrix.
 //
-// Tiles   squares of one vector by one vector, transposed in registers. Reads and writes are whole vectors; where HW or C
-//         is a multiple of the vector's length, whole cache lines, so nothing is fetched twice.
+// Tiles   squares of one vector by one vector, transposed in registers. Reads and writes are whole vectors (but where HW
+//         or C is less); where HW or C is a multiple of the vector's length, whole cache lines, so nothing is fetched twice.
 // Traffic one read and one write of every element. PyTorch's copy_ between layouts reads or writes one element at a
 //         time, a tenth of this.
 #include "cpu/kernels.h"
@@ -15,14 +15,16 @@ namespace {
 constexpr int64_t kColumns =
     64;  // of a strip: the lines that its rows start in are still near when its next square comes
 
-// out[column][row] = in[row][column] for `count` columns.
-template <class T>
+// out[column][row] = in[row][column] for `count` columns. Whole: there is a whole square; the last one then reaches back
+// over the one before, since a part of a vector takes several times as long as a vector.
+template <bool Whole, class T>
 void transpose_strip(T* out, int64_t out_row, const T* in, int64_t in_row, int64_t rows, int64_t count) {
   using C = typename Compute<T>::type;
   constexpr int L = lanes<C>;
-  for (int64_t r = 0; r < rows; r += L)
-    for (int64_t c = 0; c < count; c += L) {
-      int64_t height = min<int64_t>(rows - r, L), width = min<int64_t>(count - c, L);
+  for (int64_t next_r = 0; next_r < rows; next_r += L)
+    for (int64_t next_c = 0; next_c < count; next_c += L) {
+      int64_t r = Whole ? min(next_r, rows - L) : next_r, c = Whole ? min(next_c, count - L) : next_c;
+      int64_t height = Whole ? L : min<int64_t>(rows - r, L), width = Whole ? L : min<int64_t>(count - c, L);
       Vec<C> square[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) square[i] = i < height ? read<C>(in + (r + i) * in_row + c, width) : Vec<C>{};
@@ -49,9 +51,12 @@ Status convert_layout(View out, View input, int threads) {
     using T = decltype(tag);
     parallel_for(images * strips, ceil_div(8192, rows * kColumns), threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t strip = begin; strip < end; ++strip) {
-        int64_t image = strip / strips * rows * columns, first = strip % strips * kColumns;
-        transpose_strip(out.as<T>() + image + first * rows, rows, input.as<T>() + image + first, columns, rows,
-                        min(kColumns, columns - first));
+        int64_t image = strip / strips * rows * columns;
+        int64_t first = columns * (strip % strips) / strips, count = columns * (strip % strips + 1) / strips - first;
+        bool whole = min(rows, count) >= lanes<typename Compute<T>::type>;
+        (whole ? transpose_strip<true, T> : transpose_strip<false, T>)(out.as<T>() + image + first * rows, rows,
+                                                                       input.as<T>() + image + first, columns, rows,
+                                                                       count);
       }
     });
   };
