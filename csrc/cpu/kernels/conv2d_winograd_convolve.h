@@ -19,33 +19,42 @@ constexpr int64_t kSharedRows = 48;        // tiles of one point's product that 
 // Input channels of a product at a time: what it reads of U, 32 KiB, stays in the L1 cache while rows of V pass.
 constexpr int64_t kDepth = (32 << 10) / (sizeof(float) * kVectors * lanes<float>);
 
-// m[t][:] (+)= v[t][:] · b for `tiles` rows and B vectors of columns, which lie `next` apart.
+// m[t][:] (+)= v[t][:] · b for `tiles` rows and B vectors of columns, which lie `next` apart. Meanwhile as much of
+// `following`, laid out like b, is fetched into the L2 cache; nullptr: nothing.
 template <int B, bool Add>
 PYFUSED_INLINE void multiply_rows(const float* v, int64_t v_row, int64_t tiles, const float* b, int64_t next,
-                                  int64_t depth, float* m) {
+                                  int64_t depth, float* m, const float* following) {
   int64_t t = 0;
+  constexpr int64_t lines = B * lanes<float> > kPanel ? B * lanes<float> / kPanel : 1;  // of a row of b
   for (; t + kRows <= tiles; t += kRows)
-    multiply<kRows, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
+    if (following && t / kRows < lines)
+      multiply<kRows, B, Add, 2>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup,
+                                 following + t / kRows * next, kPanel);
+    else
+      multiply<kRows, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
   with_constant<kRows - 1>(static_cast<int>(tiles - t), [&](auto rows) {
     multiply<rows.value, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
   });
 }
 
-// M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point.
+// M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point. following: the next such U, or nullptr.
 PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles, const float* u, int64_t depth,
-                                   int panels, float* m) {
+                                   int panels, float* m, const float* following) {
   constexpr int per_panel = kPanel / lanes<float>;
   int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next vector of channels
   int64_t part = ceil_div(depth, ceil_div(depth, kDepth));
-  for (int j = 0; j < panels * per_panel; j += kVectors) {
-    const float* b = u + j / per_panel * depth * kPanel + j % per_panel * lanes<float>;
+  auto column = [&](int j) { return u + j / per_panel * depth * kPanel + j % per_panel * lanes<float>; };
+  for (int j = 0; j < panels * per_panel; j += kVectors)
     with_constant<kVectors>(min(kVectors, panels * per_panel - j), [&](auto vectors) {
-      for (int64_t c = 0; c < depth; c += part)
+      for (int64_t c = 0; c < depth; c += part) {
+        const float* after = c + part < depth                    ? column(j) + (c + part) * kPanel
+                             : j + kVectors < panels * per_panel ? column(j + kVectors)
+                                                                 : following;
         (c ? multiply_rows<vectors.value, true>
-           : multiply_rows<vectors.value, false>)(v + c, v_row, tiles, b + c * kPanel, next, min(part, depth - c),
-                                                  m + j * lanes<float>);
+           : multiply_rows<vectors.value, false>)(v + c, v_row, tiles, column(j) + c * kPanel, next,
+                                                  min(part, depth - c), m + j * lanes<float>, after);
+      }
     });
-  }
 }
 
 // --- The weight as the products take it. View of [O, C, 3, 3] in any strides; transposed: O and C exchanged, for the
@@ -190,7 +199,7 @@ void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, co
         int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, last_panel - panel));
         for (int k = 0; k < kPoints<T>; ++k)
           multiply_group(v + k * v_point, v_row, count, mine + k * u_point + (panel - first_panel) * depth * kPanel,
-                         depth, panels, m + k * m_point);
+                         depth, panels, m + k * m_point, nullptr);
         finish_tiles<T>(sink, grid, first, count, panel * kPanel, min(last_channel, (panel + panels) * kPanel), m,
                         m_point, panel * kPanel);
       }
@@ -226,8 +235,9 @@ void convolve_together(const Source& source, const Sink& sink, const Grid& grid,
       parallel_for(kPoints<T> * row_blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item) {
           int64_t k = item / row_blocks, t = item % row_blocks * kSharedRows;
+          const float* following = t + kSharedRows >= count && item + 1 < end ? group + (k + 1) * u_point : nullptr;
           multiply_group(v + k * v_point + t * v_row, v_row, min(kSharedRows, count - t), group + k * u_point, depth,
-                         panels, m + k * m_point + t * kGroup);
+                         panels, m + k * m_point + t * kGroup, following);
         }
       });
       int64_t origin = panel * kPanel, last = min(channels, origin + panels * kPanel);
