@@ -278,6 +278,8 @@ def test_arguments_are_checked():
     for wrong in (weight[:, :3], weight[:7], weight[:, :, :2], weight.double()):
         with pytest.raises(ValueError, match="conv2d_winograd: weight:"):
             _C.conv2d_winograd(out, x, wrong, bias, 0, 0, True, 4, 1)
+    with pytest.raises(ValueError, match="input: must have channels"):
+        forward(x[:, :0].contiguous(memory_format=CHANNELS_LAST), weight[:, :0], bias, (0, 0))
     for tile in (2, 5):
         with pytest.raises(ValueError, match="tile"):
             _C.conv2d_winograd(out, x, weight, bias, 0, 0, True, tile, 1)

@@ -12,8 +12,8 @@ namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-constexpr int64_t kColumns =
-    64;  // of a strip: the lines that its rows start in are still near when its next square comes
+// Of a strip: the lines that its rows start in are still near when its next square comes.
+constexpr int64_t kColumns = 64;
 
 // out[column][row] = in[row][column] for `count` columns. Whole: there is a whole square; the last one then reaches back
 // over the one before, since a part of a vector takes several times as long as a vector.

@@ -223,8 +223,7 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
       for (int64_t item = begin; item < end; ++item) {
         int64_t k = item / groups, c = item % groups * width;
         int vectors = static_cast<int>(min(width, d_row - c) / lanes<float>);
-        auto* add =
-            first == 0 ? add_products<false, true> : add_products<true, true>;  // D is large: no pass to clear it
+        auto* add = first == 0 ? add_products<false, true> : add_products<true, true>;  // instead of clearing D
         add({z + k * z_point, z_row}, {v + k * v_point + c, v_row}, count, outputs, vectors, d + k * d_point + c, d_row,
             {}, {});
       }

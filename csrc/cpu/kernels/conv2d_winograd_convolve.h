@@ -50,9 +50,8 @@ PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles,
         const float* after = c + part < depth                    ? column(j) + (c + part) * kPanel
                              : j + kVectors < panels * per_panel ? column(j + kVectors)
                                                                  : following;
-        (c ? multiply_rows<vectors.value, true>
-           : multiply_rows<vectors.value, false>)(v + c, v_row, tiles, column(j) + c * kPanel, next,
-                                                  min(part, depth - c), m + j * lanes<float>, after);
+        auto* add = c ? multiply_rows<vectors.value, true> : multiply_rows<vectors.value, false>;
+        add(v + c, v_row, tiles, column(j) + c * kPanel, next, min(part, depth - c), m + j * lanes<float>, after);
       }
     });
 }
@@ -292,6 +291,7 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const We
 Status check(const Weight& weight, int tile, int64_t depth, int64_t outputs, int pad_h, int pad_w) {
   const View& view = weight.view;
   PYFUSED_REQUIRE(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding", "must lie in 0..2");
+  PYFUSED_REQUIRE(depth > 0, "input", "must have channels");
   PYFUSED_REQUIRE(view.dtype == DType::f32, "weight", "must be float32");
   if (weight.finished())
     PYFUSED_REQUIRE(
