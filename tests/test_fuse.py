@@ -1,8 +1,10 @@
 """pyfused.fuse: the model computes what it did, is what it was, and every decision is told."""
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -701,3 +703,114 @@ def test_low_precision_heads(dtype, how):
     expected.backward()
     for a, b in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=3e-2, atol=3e-3)
+
+
+# --- Calls that __torch_function__ does not see
+class OwnLoss(torch.autograd.Function):
+    """Cross-entropy as people write it themselves."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        shares = logits.flatten(0, -2).softmax(-1)
+        ctx.save_for_backward(shares, labels)
+        ctx.shape = logits.shape
+        return F.nll_loss(shares.log(), labels)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shares, labels = ctx.saved_tensors
+        d_logits = (shares - F.one_hot(labels, shares.shape[-1])) * (grad / len(labels))
+        return d_logits.reshape(ctx.shape), None
+
+
+class PassesOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+OWN = {
+    "logits": lambda z, y: OwnLoss.apply(z, y),
+    "and another loss": lambda z, y: OwnLoss.apply(z, y) + F.cross_entropy(z, y),
+    "read before": lambda z, y: z.sum() + OwnLoss.apply(z, y),
+    "float, view": lambda z, y: OwnLoss.apply(z.float().view(2, 3, 12), y),
+    "softcap": lambda z, y: OwnLoss.apply(torch.tanh(z / 5.0) * 5.0, y),
+    "half a softcap": lambda z, y: OwnLoss.apply(torch.tanh(z / 5.0), y),
+    "bias": lambda z, y: OwnLoss.apply(z + torch.linspace(0, 1, 12), y),
+    "slice": lambda z, y: OwnLoss.apply(z[1:], y[1:]),
+    "passed on": lambda z, y: F.cross_entropy(PassesOn.apply(z), y),
+}
+
+
+@pytest.mark.parametrize("loss", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autograd_functions_of_logits_that_were_put_off(loss, dtype):
+    torch.manual_seed(0)
+    model, y = nn.Linear(8, 12), torch.randint(12, (6,))
+    x = torch.randn(6, 8, requires_grad=True)
+    plain = copy.deepcopy(model)
+    install(model, head.HeadPlan())
+    results = []
+    for m in (model, plain):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = loss(m(x), y)
+        results.append([value, *torch.autograd.grad(value, [x, *m.parameters()])])
+    tolerance = {"rtol": 2e-2, "atol": 4e-3} if dtype == torch.bfloat16 else {}
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_autograd_functions_of_a_convolution_that_was_put_off():
+    torch.manual_seed(0)
+    model = nn.Conv1d(4, 6, 3)
+    plain = copy.deepcopy(model)
+    install(model, convolved.ConvPlan())
+    for m in (model, plain):
+        z = m(SOUND)
+        (F.gelu(z).square().sum() + PassesOn.apply(z).sum()).backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_derivative_through_an_autograd_function_of_logits():
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 12), torch.randn(6, 8, requires_grad=True)
+    plain = copy.deepcopy(model)
+    install(model, head.HeadPlan())
+    results = []
+    for m in (model, plain):
+        (d_x,) = torch.autograd.grad(PassesOn.apply(m(x)).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(d_x.square().sum(), [x, m.weight]))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_backward_hooks_on_a_head_see_the_logits_gradient():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(8, 12), torch.randn(6, 8, requires_grad=True), torch.randint(12, (6,))
+    plain, seen = copy.deepcopy(model), []
+    install(model, head.HeadPlan())
+    for m in (model, plain):
+        m.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(grad_output[0]))
+        F.cross_entropy(m(x), y).backward()
+    torch.testing.assert_close(*seen)
+    torch.testing.assert_close(model.weight.grad, plain.weight.grad)
+
+
+def test_what_was_put_off_is_freed():
+    """No cycle of references keeps the rows of a step until the garbage collector comes."""
+    model, x = nn.Linear(8, 12), torch.randn(6, 8, requires_grad=True)
+    install(model, head.HeadPlan())
+    gc.disable()
+    try:
+        rows = x * 1
+        gone, z = weakref.ref(rows), model(rows)
+        F.cross_entropy(z.view(2, 3, 12).flatten(0, 1), torch.zeros(6, dtype=torch.int64)).backward()
+        del rows, z
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -5,6 +5,8 @@ The convolution's output is put off until somebody looks at it; where that is an
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -29,7 +31,8 @@ class Convolved(PutOff):
             return None
         shape = conv_op.output_shape(*maps[:2], *maps[3:6])
         shape = (*shape[input.dim() == weight.dim() - 1 : 2], *shape[2 + rows :])
-        self = PutOff.__new__(cls, shape, computed_dtype(input), (input, weight, bias))
+        formula = partial(_convolution, options=options)
+        self = PutOff.__new__(cls, shape, computed_dtype(input), (input, weight, bias), formula)
         self.options = options
         return self
 
@@ -52,7 +55,11 @@ class Convolved(PutOff):
     def make(self) -> torch.Tensor:
         self.check_sources()
         with self.context():
-            return conv_act.reference(*self.sources, *self.options, activation="none")
+            return self.formula(*self.sources)
+
+
+def _convolution(input, weight, bias, options) -> torch.Tensor:
+    return conv_act.reference(input, weight, bias, *options, activation="none")
 
 
 class ConvPlan:
@@ -65,7 +72,7 @@ class ConvPlan:
         if len(args) == 1 and not kwargs and can_be_put_off(args[0], module.weight, module.bias):
             options = (module.stride, module.padding, module.dilation, module.groups)
             put_off = Convolved(args[0], module.weight, module.bias, *options)
-        return base_of(module).forward(module, *args, **kwargs) if put_off is None else put_off
+        return base_of(module).forward(module, *args, **kwargs) if put_off is None else put_off.in_graph()
 
     def __deepcopy__(self, memo) -> ConvPlan:
         return self

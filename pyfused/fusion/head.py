@@ -9,6 +9,8 @@ once, as if the head had, so nothing depends on how a model's forward is written
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,15 +28,15 @@ class Deferred(PutOff):
 
     @staticmethod
     def __new__(cls, rows, weight, bias, dtype, cap=0, made_from=None):
-        shape = (*rows.shape[:-1], weight.shape[0])
-        self = PutOff.__new__(cls, shape, dtype, (rows, weight, bias), made_from and made_from[0].origin)
+        shape, formula = (*rows.shape[:-1], weight.shape[0]), partial(_logits, cap=cap, dtype=dtype)
+        self = PutOff.__new__(cls, shape, dtype, (rows, weight, bias), formula, made_from and made_from[0].origin)
         self.rows, self.weight, self.bias, self.cap, self.made_from = rows, weight, bias, cap, made_from
         return self
 
     @classmethod
     def of(cls, rows, weight, bias) -> Deferred:
         """What a head returns."""
-        return cls(rows, weight, bias, computed_dtype(rows))
+        return cls(rows, weight, bias, computed_dtype(rows)).in_graph()
 
     def absorb(self, function, *args, **kwargs):
         return (_loss if function is F.cross_entropy else _put_off)(function, self, *args, **kwargs)
@@ -47,6 +49,14 @@ class Deferred(PutOff):
         source, function, args, kwargs = self.made_from
         with self.context():
             return function(source.compute(), *args, **kwargs)
+
+
+def _logits(rows, weight, bias, cap, dtype) -> torch.Tensor:
+    logits = F.linear(rows, weight, bias).to(dtype)
+    divisor, bounded = cap if isinstance(cap, tuple) else (cap, "softcap")
+    logits = logits / divisor if divisor else logits
+    logits = logits.tanh() if divisor and bounded else logits
+    return logits * divisor if divisor and bounded == "softcap" else logits
 
 
 def defer(rows, weight, bias) -> torch.Tensor:
@@ -68,7 +78,7 @@ def _put_off(function, x: Deferred, *args, **kwargs) -> Deferred | None:
     if changed is None or changed is x:
         return changed
     fields = dict(rows=x.rows, weight=x.weight, bias=x.bias, dtype=x.dtype, cap=x.cap) | changed
-    return Deferred(**fields, made_from=(x, function, args, kwargs))
+    return Deferred(**fields, made_from=(x, function, args, kwargs)).in_graph()
 
 
 def _to(x, to, **kwargs):

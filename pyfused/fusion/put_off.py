@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,18 +33,21 @@ class PutOff(torch.Tensor):
     """A tensor that has not been computed.
 
     origin: the one that a module returned; this one comes from it. sources: the tensors it is computed from, of which
-    the last but one is the module's weight. value: the tensor itself, once computed. seen: whether any of the same
-    origin has been; then the values are the truth, to which somebody may write. absorbed: whether any of the same
-    origin has been; then hooks wait until somebody computes the value, for no gradient comes to it before.
+    the last but one is the module's weight. formula: a function of the sources that computes it, for what sees neither
+    __torch_function__ nor `value`. value: the tensor itself, once computed. seen: whether any of the same origin has
+    been; then the values are the truth, to which somebody may write. absorbed: whether any of the same origin has been;
+    then hooks wait until somebody computes the value, for no gradient comes to it before.
 
     A subclass has absorb(function, *args, **kwargs), the result of a call without the value, or None; and make(), the
-    value.
+    value. What it makes is used as `in_graph` returns it.
     """
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, sources: tuple, origin: PutOff | None = None):
+    def __new__(
+        cls, shape: Sequence[int], dtype: torch.dtype, sources: tuple, formula: Callable, origin: PutOff | None = None
+    ):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=sources[0].device)
-        self.sources, self.origin, self.value = sources, self if origin is None else origin, None
+        self.sources, self.formula, self.value, self._origin = sources, formula, None, origin
         self.hooks = OrderedDict()
         if origin is None:
             device = sources[0].device.type
@@ -52,6 +55,10 @@ class PutOff(torch.Tensor):
             self.grad_mode = torch.is_grad_enabled()
             self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return self
+
+    @property
+    def origin(self) -> PutOff:
+        return self if self._origin is None else self._origin  # a reference to itself would be a cycle
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -82,9 +89,25 @@ class PutOff(torch.Tensor):
         self.origin.absorbed |= not (result is None or isinstance(result, PutOff))
         return result
 
+    def in_graph(self) -> PutOff:
+        """Itself, to which a gradient may come from what __torch_function__ does not see: autograd.Function.apply."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return _Formula.apply([self], *self.sources) if self.origin.grad_mode else self
+
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise RuntimeError(f"pyfused: {function} was called on a tensor that was put off; read it once before")
+        """What did not pass __torch_function__ and is below autograd, for which the formula is in the graph."""
+        if function._schema.is_mutable:
+            raise RuntimeError(f"pyfused: {function} was called on a tensor that was put off; read it once before")
+
+        def values(x: PutOff) -> torch.Tensor:
+            x.origin.seen = True
+            x.check_sources()
+            with x.context():
+                return x.formula(*x.sources) if x.value is None else x.value
+
+        args, kwargs = torch.utils._pytree.tree_map_only(PutOff, values, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
     def tell(self, fate, name: str) -> None:
         if _recorders:
@@ -101,21 +124,47 @@ class PutOff(torch.Tensor):
             return self.value
 
     def check_sources(self) -> None:
-        if self.origin.versions != _versions(self.origin.sources):
-            raise RuntimeError(
-                "pyfused: these values were put off, and what they are computed from has changed since. Read them "
-                "before (a head's logits before the optimizer's step), or call pyfused.unfuse(model)"
-            )
+        _check_versions(self.origin.versions, self.origin.sources)
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Gradients and autocast as they were when it was put off."""
-        enabled, dtype = self.origin.autocast
-        with (
-            torch.set_grad_enabled(self.origin.grad_mode),
-            torch.autocast(self.device.type, dtype, enabled=enabled),
-        ):
+        with torch.set_grad_enabled(self.origin.grad_mode), _autocast(self.origin):
             yield
+
+
+class _Formula(torch.autograd.Function):
+    """The place of a PutOff in autograd's graph. It does not refer to it: that would be a cycle."""
+
+    @staticmethod
+    def forward(ctx, of, *sources):
+        (x,) = of  # in a list, or it would be an input
+        ctx.formula, ctx.sources, ctx.versions = x.formula, sources, _versions(sources)
+        ctx.autocast = _autocast(x.origin)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        _check_versions(ctx.versions, ctx.sources)
+        again = torch.is_grad_enabled()
+        wanted = [x for x, needed in zip(ctx.sources, ctx.needs_input_grad[1:]) if needed]
+        with torch.enable_grad(), ctx.autocast:
+            value = ctx.formula(*ctx.sources)
+        found = iter(torch.autograd.grad(value, wanted, grad, create_graph=again))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
+def _autocast(origin: PutOff) -> torch.autocast:
+    enabled, dtype = origin.autocast
+    return torch.autocast(origin.device.type, dtype, enabled=enabled)
+
+
+def _check_versions(versions: list, sources: Sequence[torch.Tensor | None]) -> None:
+    if versions != _versions(sources):
+        raise RuntimeError(
+            "pyfused: these values were put off, and what they are computed from has changed since. Read them "
+            "before (a head's logits before the optimizer's step), or call pyfused.unfuse(model)"
+        )
 
 
 def _versions(tensors: Sequence[torch.Tensor | None]) -> list:
