@@ -30,31 +30,36 @@ struct Rows {  // of Z or V, one for each tile
   int64_t stride;
 };
 
-// D[o][c] (+)= ∑_t Z[t][o] V[t][c] for one point, all o and `vectors` <= kVectors vectors of c. What lies farther than the
-// L2 cache is fetched ahead: if FarD the next rows of D; the next point's V and Z, if given, a line of every row with each
-// block of outputs. (Where it lies nearer, fetching costs 5% instead.)
-template <bool Add, bool FarD = false>
-void add_products(Rows z, Rows v, int64_t tiles, int64_t outputs, int vectors, float* d, int64_t d_row,
-                  Rows next_z = {}, Rows next_v = {}) {
+// What add_products fetches meanwhile, where it lies farther than the L2 cache; elsewhere that costs 5% instead.
+enum class Fetch { nothing, rows_of_d, next_point };
+
+// D[o][c] (+)= ∑_t Z[t][o] V[t][c] for one point, all o and `vectors` <= kVectors vectors of c. Of the next point's Z and V
+// it fetches a line of every row with each block of outputs.
+template <bool Add, Fetch fetch>
+void add_products(Rows z, Rows v, int64_t tiles, int64_t outputs, int vectors, float* d, int64_t d_row, Rows next_z,
+                  Rows next_v) {
   with_constant<kVectors>(vectors, [&](auto width) {
     int64_t o = 0;
     for (; o + kRows <= outputs; o += kRows) {
-      if constexpr (FarD) {
+      if constexpr (fetch == Fetch::rows_of_d) {
         const float* next = d + min(o + kRows, outputs - kRows) * d_row;
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
           for (int h = 0; h < width.value; ++h) __builtin_prefetch(next + r * d_row + h * lanes<float>, 1);
       }
-      int64_t vector = o / kRows;  // first those of V, then those of Z
-      Rows ahead = vector < width.value ? next_v : next_z;
-      if (vector >= width.value) vector -= width.value;
-      if (ahead.data && vector * lanes<float> < outputs)
-        multiply<kRows, width.value, Add, 2>(z.data + o, 1, z.stride, v.data, lanes<float>, v.stride, tiles,
-                                             d + o * d_row, d_row, ahead.data + vector * lanes<float>, ahead.stride);
-      else
-        multiply<kRows, width.value, Add>(z.data + o, 1, z.stride, v.data, lanes<float>, v.stride, tiles, d + o * d_row,
-                                          d_row);
+      if constexpr (fetch == Fetch::next_point) {
+        int64_t vector = o / kRows;  // first those of V, then those of Z
+        Rows ahead = vector < width.value ? next_v : next_z;
+        if (vector >= width.value) vector -= width.value;
+        if (ahead.data && vector * lanes<float> < outputs) {
+          multiply<kRows, width.value, Add, 2>(z.data + o, 1, z.stride, v.data, lanes<float>, v.stride, tiles,
+                                               d + o * d_row, d_row, ahead.data + vector * lanes<float>, ahead.stride);
+          continue;
+        }
+      }
+      multiply<kRows, width.value, Add>(z.data + o, 1, z.stride, v.data, lanes<float>, v.stride, tiles, d + o * d_row,
+                                        d_row);
     }
     with_constant<kRows - 1>(static_cast<int>(outputs - o), [&](auto rows) {
       multiply<rows.value, width.value, Add>(z.data + o, 1, z.stride, v.data, lanes<float>, v.stride, tiles,
@@ -135,7 +140,7 @@ void correlate_apart(const View& grad_weight, float* grad_bias, const Source& gr
         int64_t count = min(tiles, last - tile);
         transform_tiles<T, T>(gradient, grid, tile, count, 0, 0, z, z_row, z_point, o_begin, o_end);
         transform_tiles<T, kPatch<T>>(input, grid, tile, count, pad_h, pad_w, v, v_row, v_point);
-        auto* add = tile == first ? add_products<false> : add_products<true>;
+        auto* add = tile == first ? add_products<false, Fetch::nothing> : add_products<true, Fetch::nothing>;
         for (int64_t k = 0; k < kPoints<T>; ++k)
           for (int64_t c = 0; c < d_row; c += width)
             add({z + k * z_point, z_row}, {v + k * v_point + c, v_row}, count, o_end - o_begin,
@@ -179,7 +184,8 @@ void correlate_blocks(const View& grad_weight, float* grad_bias, const Source& g
       for (int64_t k = 0; k < kPoints<T>; ++k) {
         Rows next_z{z_rows.data + z_point, z_row}, next_v{v_rows.data + v_point, v_row};
         if (k + 1 == kPoints<T>) next_z = next_v = {};
-        add_products<false>(z_rows, v_rows, grid.count, rows, vectors, d + k * d_point, width, next_z, next_v);
+        add_products<false, Fetch::next_point>(z_rows, v_rows, grid.count, rows, vectors, d + k * d_point, width,
+                                               next_z, next_v);
         z_rows = next_z, v_rows = next_v;
       }
       transform_back<T>(d, width, d_point, 1, 0, o, rows, c, min(c + width, channels), grad_weight);
@@ -223,7 +229,8 @@ void correlate(const View& grad_weight, float* grad_bias, const Source& gradient
       for (int64_t item = begin; item < end; ++item) {
         int64_t k = item / groups, c = item % groups * width;
         int vectors = static_cast<int>(min(width, d_row - c) / lanes<float>);
-        auto* add = first == 0 ? add_products<false, true> : add_products<true, true>;  // instead of clearing D
+        // The first overwrites D: it is large, so no pass to clear it.
+        auto* add = first == 0 ? add_products<false, Fetch::rows_of_d> : add_products<true, Fetch::rows_of_d>;
         add({z + k * z_point, z_row}, {v + k * v_point + c, v_row}, count, outputs, vectors, d + k * d_point + c, d_row,
             {}, {});
       }

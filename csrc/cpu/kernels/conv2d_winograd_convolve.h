@@ -19,27 +19,29 @@ constexpr int64_t kSharedRows = 48;        // tiles of one point's product that 
 // Input channels of a product at a time: what it reads of U, 32 KiB, stays in the L1 cache while rows of V pass.
 constexpr int64_t kDepth = (32 << 10) / (sizeof(float) * kVectors * lanes<float>);
 
-// m[t][:] (+)= v[t][:] · b for `tiles` rows and B vectors of columns, which lie `next` apart. Meanwhile as much of
-// `following`, laid out like b, is fetched into the L2 cache; nullptr: nothing.
-template <int B, bool Add>
+// m[t][:] (+)= v[t][:] · b for `tiles` rows and B vectors of columns, which lie `next` apart. Ahead: meanwhile as much of
+// `following`, laid out like b, is fetched into the L2 cache.
+template <int B, bool Add, bool Ahead>
 PYFUSED_INLINE void multiply_rows(const float* v, int64_t v_row, int64_t tiles, const float* b, int64_t next,
                                   int64_t depth, float* m, const float* following) {
-  int64_t t = 0;
   constexpr int64_t lines = B * lanes<float> > kPanel ? B * lanes<float> / kPanel : 1;  // of a row of b
-  for (; t + kRows <= tiles; t += kRows)
-    if (following && t / kRows < lines)
+  int64_t t = 0;
+  if constexpr (Ahead)
+    for (; t + kRows <= tiles && t < lines * kRows; t += kRows)
       multiply<kRows, B, Add, 2>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup,
                                  following + t / kRows * next, kPanel);
-    else
-      multiply<kRows, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
+  for (; t + kRows <= tiles; t += kRows)
+    multiply<kRows, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
   with_constant<kRows - 1>(static_cast<int>(tiles - t), [&](auto rows) {
     multiply<rows.value, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
   });
 }
 
-// M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point. following: the next such U, or nullptr.
+// M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point. Ahead: U lies farther than the L2 cache;
+// `following` is the one that comes next.
+template <bool Ahead>
 PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles, const float* u, int64_t depth,
-                                   int panels, float* m, const float* following) {
+                                   int panels, float* m, const float* following = nullptr) {
   constexpr int per_panel = kPanel / lanes<float>;
   int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next vector of channels
   int64_t part = ceil_div(depth, ceil_div(depth, kDepth));
@@ -50,7 +52,7 @@ PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles,
         const float* after = c + part < depth                    ? column(j) + (c + part) * kPanel
                              : j + kVectors < panels * per_panel ? column(j + kVectors)
                                                                  : following;
-        auto* add = c ? multiply_rows<vectors.value, true> : multiply_rows<vectors.value, false>;
+        auto* add = c ? multiply_rows<vectors.value, true, Ahead> : multiply_rows<vectors.value, false, Ahead>;
         add(v + c, v_row, tiles, column(j) + c * kPanel, next, min(part, depth - c), m + j * lanes<float>, after);
       }
     });
@@ -197,8 +199,9 @@ void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, co
       for (int64_t panel = first_panel; panel < last_panel; panel += kGroup / kPanel) {
         int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, last_panel - panel));
         for (int k = 0; k < kPoints<T>; ++k)
-          multiply_group(v + k * v_point, v_row, count, mine + k * u_point + (panel - first_panel) * depth * kPanel,
-                         depth, panels, m + k * m_point, nullptr);
+          multiply_group<false>(v + k * v_point, v_row, count,
+                                mine + k * u_point + (panel - first_panel) * depth * kPanel, depth, panels,
+                                m + k * m_point);
         finish_tiles<T>(sink, grid, first, count, panel * kPanel, min(last_channel, (panel + panels) * kPanel), m,
                         m_point, panel * kPanel);
       }
@@ -234,9 +237,9 @@ void convolve_together(const Source& source, const Sink& sink, const Grid& grid,
       parallel_for(kPoints<T> * row_blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item) {
           int64_t k = item / row_blocks, t = item % row_blocks * kSharedRows;
-          const float* following = t + kSharedRows >= count && item + 1 < end ? group + (k + 1) * u_point : nullptr;
-          multiply_group(v + k * v_point + t * v_row, v_row, min(kSharedRows, count - t), group + k * u_point, depth,
-                         panels, m + k * m_point + t * kGroup, following);
+          const float* following = group + min(item + 1, end - 1) / row_blocks * u_point;
+          multiply_group<true>(v + k * v_point + t * v_row, v_row, min(kSharedRows, count - t), group + k * u_point,
+                               depth, panels, m + k * m_point + t * kGroup, following);
         }
       });
       int64_t origin = panel * kPanel, last = min(channels, origin + panels * kPanel);
