@@ -13,13 +13,11 @@ from pyfused.models import (
     MatrixFactorization,
     MnistCNN,
     PhotoCNN,
-    PhotoEnsemble,
     SmallCNN,
     TwoTower,
     resnet18,
     resnet50,
 )
-from pyfused.tasks.photos import EnsembleClassification
 from pyfused.tasks.task import Classification
 from pyfused.tasks.text import NextToken
 
@@ -96,19 +94,6 @@ def test_sizes(model, shape, parameters):
     """Those of the ResNets are the published ones."""
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model(torch.randn(shape)).shape[0] == shape[0]
-
-
-def test_members_of_an_ensemble_learn_by_themselves_and_answer_together():
-    torch.manual_seed(0)
-    model, x, y = PhotoEnsemble(5, members=3), images(4, 3, 32, 32), ids(4, high=5)
-    each = [member(x) for member in model.members]
-    weight = model.members[1].classifier.weight
-    (got,) = torch.autograd.grad(EnsembleClassification(model)(x, y), weight)
-    (alone,) = torch.autograd.grad(F.cross_entropy(each[1], y), weight)
-    torch.testing.assert_close(got, alone / 3)
-    shares = F.one_hot(y, 5).float()
-    torch.testing.assert_close(EnsembleClassification(model)(x, shares), EnsembleClassification(model)(x, y))
-    torch.testing.assert_close(model.eval()(x).exp(), sum(logits.softmax(1) for logits in each) / 3)
 
 
 def test_mnist_cnn_takes_channels_last():

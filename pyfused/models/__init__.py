@@ -1,6 +1,6 @@
 """The reference models: plain torch.nn, written as anybody would, so that `pyfused.fuse` has something to find."""
 
-from .cnn import ImageCNN, MnistCNN, PhotoCNN, PhotoEnsemble, SmallCNN
+from .cnn import ImageCNN, MnistCNN, PhotoCNN, SmallCNN
 from .gpt import GPT
 from .recommender import DotConcat, MatrixFactorization, TwoTower
 from .resnet import ResNet, resnet18, resnet50
@@ -12,7 +12,6 @@ __all__ = [
     "MatrixFactorization",
     "MnistCNN",
     "PhotoCNN",
-    "PhotoEnsemble",
     "ResNet",
     "SmallCNN",
     "TwoTower",

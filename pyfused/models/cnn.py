@@ -87,23 +87,6 @@ class PhotoCNN(nn.Module):
         return self.classifier(self.features(4 * images - 2).mean((2, 3)))
 
 
-class PhotoEnsemble(nn.Module):
-    """PhotoCNNs that learn side by side from the same images, and whose probabilities are averaged (Lakshminarayanan et
-    al., 2017): what one of them takes for a hint, by chance of its initial weights, the others often do not.
-
-    Images [N, 3, height, width], from 0 to 1, to the logits of each [N, num_classes, members] in training, otherwise to
-    logarithms of the mean probabilities [N, num_classes].
-    """
-
-    def __init__(self, num_classes: int, members: int = 4):
-        super().__init__()
-        self.members = nn.ModuleList(PhotoCNN(num_classes) for _ in range(members))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits = torch.stack([member(images) for member in self.members], -1)
-        return logits if self.training else logits.softmax(1).mean(-1).log()
-
-
 def _he(features: nn.Sequential) -> None:
     """Initialises the convolutions for ReLU (He et al., 2015): each keeps the variance of what it is given."""
     for conv in features[::3]:
