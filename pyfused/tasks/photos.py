@@ -16,7 +16,7 @@ SPLIT_SEED = 0
 # What --augment does, beside the crops of data.decode. With photo-cnn on three folds of the food photos (at 64 pixels,
 # half its channels), crops from 35% of the area in place of 60%, CutMix for half the batches, colours and 150 epochs in
 # place of 90 together: 74.5% to 78.1%. No gain: averages of the weights, of mirrored images in the test or of four
-# networks, batches of 8, 128 or 160 pixels (71.9 to 75.0% on the first fold, where this has 73.8%); rotated hues lose 5%.
+# networks, batches of 8, 128 or 160 pixels (71.9 to 75.0% on a fold where this has 73.8%). Rotated hues lose 5%.
 MIXUP = 0.4  # of the Beta distribution of two images' shares
 RECOLOUR = 0.2  # by how much brightness, contrast and saturation change at most
 SMOOTHING = 0.1  # of the labels
