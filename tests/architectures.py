@@ -275,16 +275,16 @@ class Architecture:
     patterns: tuple[str, ...]
 
 
-POOLED, CONV, DOT = "conv2d + relu + max_pool2d", "conv2d + relu", "embedding dot + bias"
+POOLED, CONV, ALONE, DOT = "conv2d + relu + max_pool2d", "conv2d + relu", "conv2d", "embedding dot + bias"
 ADDED = "conv2d + add + relu"
 LOSS, HEAD = "cross_entropy", "linear + cross_entropy"
 ARCHITECTURES = [
     Architecture("mnist tutorial", MnistTutorial, images(1, 28), ("conv2d + max_pool2d + relu",) * 2),
     Architecture("vgg", vgg, images(3, 16), (POOLED, CONV, POOLED)),
-    Architecture("resnet", lambda: ResNet(True), images(3, 32), (CONV,)),
+    Architecture("resnet", lambda: ResNet(True), images(3, 32), (CONV, *(ALONE,) * 4)),
     Architecture("resnet without norm", lambda: ResNet(False), images(3, 32), (*(CONV,) * 3, *(ADDED,) * 2)),
     Architecture("inception", Inception, images(3, 12), (*(CONV,) * 4, POOLED)),
-    Architecture("unet", UNet, pixels, (*(CONV,) * 3, LOSS)),
+    Architecture("unet", UNet, pixels, (*(CONV,) * 3, ALONE, LOSS)),
     Architecture("mobilenet", MobileNet, images(3, 16), ("conv2d + relu6", *(CONV,) * 2)),
     Architecture("frozen", FrozenBackbone, images(3, 16), ("conv2d + batch_norm + relu + max_pool2d", CONV)),
     Architecture("matrix factorization", MatrixFactorization, integers((20, (9,)), (30, (9,))), (DOT,)),

@@ -41,10 +41,10 @@ class Backend:
 CALLS = {
     "mnist tutorial": ["conv2d_relu_max_pool2d"] * 2,
     "vgg": ["conv2d_relu_max_pool2d", "conv2d_relu", "conv2d_relu_max_pool2d"],
-    "resnet": ["conv2d_relu"],
+    "resnet": ["conv2d_relu", *["conv_act"] * 4],  # before norms in training mode
     "resnet without norm": ["conv2d_relu", *["conv2d_relu", "conv_add_act"] * 2],
     "inception": ["conv2d_relu"] * 4 + ["conv2d_relu_max_pool2d"],
-    "unet": ["conv2d_relu"] * 3 + ["cross_entropy"],
+    "unet": ["conv2d_relu"] * 3 + ["conv_act", "cross_entropy"],
     "mobilenet": ["conv_act", "conv2d_relu", "conv2d_relu"],
     "frozen": ["conv2d_batch_norm_relu_max_pool2d", "conv2d_relu"],
     "matrix factorization": ["embedding_dot"],

@@ -1,7 +1,8 @@
 """Conv1d or Conv2d [+ BatchNorm2d in eval mode] [+ addition] + activation; after a ReLU, or before it, MaxPool2d.
 
 A maximum may be taken before or after ReLU: both are monotone, so values and gradients are the same. Without an
-activation, Conv2d + BatchNorm2d become one convolution.
+activation, Conv2d + BatchNorm2d become one convolution, and Conv2d alone, as before a BatchNorm2d in training, is still
+faster by Winograd's algorithm.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import operator
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -37,6 +37,8 @@ def _match(node: fx.Node, conv: Call, root: nn.Module, taken: set) -> Match | Re
     chain, calls, problem = [node], [conv], _module_problem(conv, root)
     if conv["padding_mode"] != "zeros":
         problem = f"padding_mode is {conv['padding_mode']!r}; the kernels pad with zeros"
+    if problem:
+        return Refusal(pattern, place, problem)
     while problem is None:
         following = only_user(chain[-1])
         more = [] if following is None else calls_of(following, root)
@@ -55,8 +57,10 @@ def _match(node: fx.Node, conv: Call, root: nn.Module, taken: set) -> Match | Re
             problem = problem or f"{_NAMES[calls[kept].name]} follows, and then {follows}"
         chain, calls = chain[:kept], calls[:kept]
         if "batch_norm" not in {c.name for c in calls}:
-            return Refusal(pattern, place, problem or follows)
-    if writing := writes_between(chain, root):
+            chain, calls, problem = chain[:1], calls[:1], problem or follows
+            if conv.name == "conv1d":
+                return Refusal(pattern, place, problem)
+    if len(chain) > 1 and (writing := writes_between(chain, root)):
         return Refusal(pattern, place, f"{writing.name}, which runs between its parts, may write to a tensor")
     return _build(chain, calls, place, problem or "")
 
@@ -132,7 +136,7 @@ def _build(chain: list, calls: list[Call], place: str, note: str) -> Match:
     args = tuple(conv[name] for name in ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
     kwargs = {}
     if activation is None:
-        function = F.conv2d
+        function, kwargs = functional.conv_act, {"activation": "none"}
     elif pool:
         function, kwargs = functional.conv2d_relu_max_pool2d, {"pool_size": pool["kernel_size"]}
         kwargs["pool_stride"] = pool["stride"]
@@ -218,13 +222,11 @@ def _with_norm(function, name: str):
     return fused
 
 
-conv2d_batch_norm = _with_norm(F.conv2d, "conv2d_batch_norm")
 conv2d_batch_norm_relu = _with_norm(functional.conv2d_relu, "conv2d_batch_norm_relu")
 conv2d_batch_norm_relu_max_pool2d = _with_norm(functional.conv2d_relu_max_pool2d, "conv2d_batch_norm_relu_max_pool2d")
 conv2d_batch_norm_act = _with_norm(functional.conv_act, "conv2d_batch_norm_act")
 conv2d_batch_norm_add_act = _with_norm(conv_add_act, "conv2d_batch_norm_add_act")
 _WITH_NORM = {
-    F.conv2d: conv2d_batch_norm,
     functional.conv2d_relu: conv2d_batch_norm_relu,
     functional.conv2d_relu_max_pool2d: conv2d_batch_norm_relu_max_pool2d,
     functional.conv_act: conv2d_batch_norm_act,

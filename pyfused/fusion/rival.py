@@ -71,7 +71,7 @@ def is_faster(pattern: str, function: Callable, args: tuple, kwargs: dict, dtype
 
         def rival():
             z = (F.conv1d if theirs[1].dim() == 3 else F.conv2d)(*theirs)
-            z = z.relu_() if training else z
+            z = z.relu_() if training and kwargs.get("activation") != "none" else z
             return F.max_pool2d(z, *pool) if pool else z
 
         times = measure.times_of(key, rival, lambda: function(*args, **kwargs), needed, training, needed_by_rival)

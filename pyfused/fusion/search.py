@@ -13,7 +13,7 @@ from .graph import Match, distinct, hooked, why_not
 from .put_off import fates
 from .report import Report, Row
 from .trace import CannotTrace, Plan, calls_of, graph_of, install, matches_in, uninstall
-from .verify import allowance, compare, restore, results, state_of, tolerance
+from .verify import allowance, compare, differences, nudged, restore, results, state_of, tolerance
 
 
 class Search:
@@ -32,6 +32,7 @@ class Search:
         with calls_of(self.modules.values()) as calls:
             before = self.results(self.training)
         before_eval = self._in_eval() if verify and self.training else {}
+        own = differences(before, self._nudged()) if verify and self.training else {}
         for path, module in self.modules.items():
             self._trace(path, module, calls.get(module))
         heads = self._heads() if self.training else {}
@@ -42,7 +43,10 @@ class Search:
         order = {path: i for i, path in enumerate(self.modules)}
         self.report.rows.sort(key=lambda row: order.get(row.place.partition(",")[0], len(order)))
         if verify and self.report.fused:
-            self._verify(before, before_eval)
+            self._verify(before, before_eval, own)
+
+    def _nudged(self) -> dict:
+        return results(self.model, *nudged((self.args, self.kwargs)), self.training)
 
     def _in_eval(self) -> dict:
         flags = {module: module.training for module in self.model.modules()}
@@ -185,15 +189,17 @@ class Search:
             for module in modules.values():
                 install(module, plan())
 
-    def _verify(self, before: dict, before_eval: dict) -> None:
+    def _verify(self, before: dict, before_eval: dict, own: dict) -> None:
         allowed = tolerance(self.model, before)
         try:
-            worst = compare(before, self.results(self.training), allowed)
+            worst = compare(before, self.results(self.training), allowed, own)
             if before_eval:
                 worst = max(worst, compare(before_eval, self._in_eval(), allowed))
             excess, self.report.error, name = worst
             problem = (
-                f"{name} differed by {worst[1]:.1e}, {allowance(name, allowed):.0e} is allowed" if excess > 1 else None
+                f"{name} differed by {worst[1]:.1e}, {allowance(name, allowed, own):.0e} is allowed"
+                if excess > 1
+                else None
             )
         except Exception as error:
             problem = f"the fused model raised {type(error).__name__}: {error}"
