@@ -15,7 +15,7 @@ from torch import nn
 
 import pyfused
 from pyfused.fusion import convolved, head, losses, measure, verify
-from pyfused.fusion.trace import install
+from pyfused.fusion.trace import CannotTrace, Signature, graph_of, install
 
 pytestmark = pytest.mark.usefixtures("fused_wins")
 
@@ -243,6 +243,48 @@ def test_gradients_may_differ_as_much_as_nudged_inputs_make_them():
         for off, fits in ((0.9 * allowed, True), (1.1 * allowed, False)):
             assert (verify.compare(before, before | {name: before[name] + off}, 1e-3, own)[0] <= 1) == fits
     assert verify.allowance("gradient of w", 1e-9, own) == 1e-9
+
+
+def test_models_that_refuse_nudged_inputs_are_verified_all_the_same():
+    class Exact(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            if (x != x.round()).any():
+                raise ValueError("whole numbers only")
+            return F.relu(self.conv(x))
+
+    model = Exact()
+    before = {name: b.clone() for name, b in model.state_dict().items()}
+    fused(model, torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8))
+    assert pyfused.fuse_report(model).fused and pyfused.fuse_report(model).error is not None
+    assert all(torch.equal(b, before[name]) for name, b in model.state_dict().items())
+
+
+def test_what_a_forward_that_is_no_graph_did_to_the_module_is_undone():
+    """While it is traced its tensors are placeholders; none may stay behind in a buffer, a list, a dict or a set."""
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.seen, self.named, self.kinds = conv(), [], {}, set()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen.append(x)
+            self.named["x"] = x
+            self.kinds.add(type(x))
+            return F.relu(self.conv(x)) if x.sum() > 0 else x
+
+    model = Writes()
+    with pytest.raises(CannotTrace, match="control flow"):
+        graph_of(model, Writes, Signature.of(Writes.forward, model, (torch.ones(2, 3, 8, 8),), {}))
+    assert torch.equal(model.calls, torch.zeros(())) and not model.seen and not model.named and not model.kinds
 
 
 def test_nudged_inputs():

@@ -9,6 +9,7 @@ they are, isinstance and super() work, and deepcopy, pickle, DataParallel and fu
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -151,8 +152,8 @@ def graph_of(module: nn.Module, base: type, signature: Signature) -> fx.Graph:
 
 
 def _snapshot(module: nn.Module) -> dict:
-    """The module's attributes; of lists, dicts and sets also what they hold."""
-    return {k: (v, list(v) if isinstance(v, (list, dict, set)) else None) for k, v in vars(module).items()}
+    """The module's attributes; of lists, dicts and sets, such as that of the buffers, also what they hold."""
+    return {k: (v, copy.copy(v) if isinstance(v, (list, dict, set)) else None) for k, v in vars(module).items()}
 
 
 def _restore(module: nn.Module, before: dict) -> set[str]:
@@ -162,13 +163,23 @@ def _restore(module: nn.Module, before: dict) -> set[str]:
         k for k in attributes if k not in before or attributes[k] is not before[k][0]
     } | before.keys() - attributes.keys()
     for name, (value, content) in before.items():
-        if content is not None and list(value) != content:
+        if content is not None and not _same_objects(value, content):
             changed.add(name)
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
     for name in changed:
         attributes.pop(name, None)
         if name in before:
             attributes[name] = before[name][0]
     return changed
+
+
+def _same_objects(value, content) -> bool:
+    """Whether two lists, dicts or sets hold the same objects."""
+    if isinstance(value, dict):
+        return value.keys() == content.keys() and all(value[k] is content[k] for k in content)
+    ids = list(map(id, value)), list(map(id, content))
+    return ids[0] == ids[1] if isinstance(value, list) else set(ids[0]) == set(ids[1])
 
 
 def matches_in(graph: fx.Graph, module: nn.Module) -> Iterator[Match | Refusal]:
