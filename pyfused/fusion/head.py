@@ -51,8 +51,10 @@ class Deferred(PutOff):
             return function(source.compute(), *args, **kwargs)
 
 
-def _logits(rows, weight, bias, cap, dtype) -> torch.Tensor:
-    logits = F.linear(rows, weight, bias).to(dtype)
+def _logits(rows, weight, bias, cap, dtype=None) -> torch.Tensor:
+    """What is put off, from what it is made of; dtype None: as the linear layer gives it."""
+    logits = F.linear(rows, weight, bias)
+    logits = logits if dtype is None else logits.to(dtype)
     divisor, bounded = cap if isinstance(cap, tuple) else (cap, "softcap")
     logits = logits / divisor if divisor else logits
     logits = logits.tanh() if divisor and bounded else logits
@@ -145,9 +147,7 @@ _STEPS = {
 def eager_loss(given: tuple, options: dict, widened: bool) -> torch.Tensor:
     """What the fused loss replaces."""
     rows, weight, target = given
-    logits = F.linear(rows, weight, options["linear_bias"])
-    if options["softcap"]:
-        logits = torch.tanh(logits / options["softcap"]) * options["softcap"]
+    logits = _logits(rows, weight, options["linear_bias"], options["softcap"] or 0)
     index = -100 if options["ignore_index"] is None else options["ignore_index"]
     return F.cross_entropy(
         logits.float() if widened else logits, target, options["weight"], ignore_index=index,

@@ -9,7 +9,6 @@ they are, isinstance and super() work, and deepcopy, pickle, DataParallel and fu
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -153,7 +152,11 @@ def graph_of(module: nn.Module, base: type, signature: Signature) -> fx.Graph:
 
 def _snapshot(module: nn.Module) -> dict:
     """The module's attributes; of lists, dicts and sets, such as that of the buffers, also what they hold."""
-    return {k: (v, copy.copy(v) if isinstance(v, (list, dict, set)) else None) for k, v in vars(module).items()}
+
+    def content(value):
+        return next((kind(value) for kind in (list, dict, set) if isinstance(value, kind)), None)
+
+    return {k: (v, content(v)) for k, v in vars(module).items()}
 
 
 def _restore(module: nn.Module, before: dict) -> set[str]:

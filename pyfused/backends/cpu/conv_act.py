@@ -99,14 +99,13 @@ def forward(input, weight, bias, residual, stride, padding, dilation, groups, ac
 def backward(grad, input, weight, saved, stride, padding, dilation, groups, activation, slope, needed):
     options, grad = (stride, padding, dilation, groups), conv._dense(grad, saved)
     of_convolution = needed[0] or needed[1]
-    g = cached(torch.empty_like(grad)) if needed[3] or (of_convolution and activation != NONE) else None
+    same = activation == NONE and not needed[3]  # g is grad itself, which may not be returned as d_residual
+    written = cached(torch.empty_like(grad)) if not same and (of_convolution or needed[3]) else None
+    g = grad if same else written
     d_bias = weight.new_empty(weight.shape[0] if needed[2] else 0)
-    if activation == NONE:
-        saved = grad
-    if g is not None or needed[2]:
-        _C.conv_act_grad(g, d_bias if needed[2] else None, grad, saved, activation, slope, torch.get_num_threads())
-    if activation == NONE:
-        g = grad if g is None else g
+    if written is not None or needed[2]:
+        saved, bias = grad if activation == NONE else saved, d_bias if needed[2] else None
+        _C.conv_act_grad(written, bias, grad, saved, activation, slope, torch.get_num_threads())
     d_residual = g if needed[3] else weight.new_empty(0)
     if needed[1] and conv.algorithm(input, weight, None, *options) == "winograd":
         d_input, d_weight, _ = map(cached, conv_op.alloc_grads(input, weight, [*needed[:2], False]))
