@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES, Block, LanguageModel, ResNet, loss_of
 from torch import nn
 
 import pyfused
-from pyfused.fusion import convolved, head, losses, measure, verify
+from pyfused.fusion import convolved, head, losses, measure, search, verify
 from pyfused.fusion.trace import CannotTrace, Signature, graph_of, install
 
 pytestmark = pytest.mark.usefixtures("fused_wins")
@@ -265,6 +265,13 @@ def test_models_that_refuse_nudged_inputs_are_verified_all_the_same():
     fused(model, torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8))
     assert pyfused.fuse_report(model).fused and pyfused.fuse_report(model).error is not None
     assert all(torch.equal(b, before[name]) for name, b in model.state_dict().items())
+
+
+def test_models_without_numbers_to_nudge_are_not_run_for_it(monkeypatch):
+    monkeypatch.setattr(search, "differences", lambda *_: pytest.fail("compared with itself"))
+    model, tokens = LanguageModel(), torch.randint(40, (3, 7))
+    fused(model, (tokens, tokens))
+    assert pyfused.fuse_report(model).fused
 
 
 def test_what_a_forward_that_is_no_graph_did_to_the_module_is_undone():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from . import convolved, head, measure
 from .candidate import Candidate, RecordPlan, of_match
@@ -46,10 +47,13 @@ class Search:
             self._verify(before, before_eval, own)
 
     def _own_differences(self, before: dict) -> dict[str, float]:
-        """What a change of the inputs' last digits makes; nothing where the model does not take such numbers."""
-        state = state_of(self.model)
+        """What a change of the inputs' last digits makes; nothing where there are none, or the model refuses them."""
+        inputs, state = (self.args, self.kwargs), state_of(self.model)
+        changed = nudged(inputs)
+        if all(a is b for a, b in zip(tree_leaves(inputs), tree_leaves(changed))):
+            return {}
         try:
-            return differences(before, results(self.model, *nudged((self.args, self.kwargs)), self.training))
+            return differences(before, results(self.model, *changed, self.training))
         except Exception:  # the model's own checks of its inputs
             restore(self.model, state)
             return {}
