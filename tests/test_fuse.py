@@ -861,6 +861,25 @@ def test_a_second_derivative_through_an_autograd_function_of_logits():
         torch.testing.assert_close(got, expected)
 
 
+def test_calls_below_autograd_on_logits_that_were_put_off():
+    """They get the values, also those read before the weight changed; nothing may write to them."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 12), torch.randn(6, 8)
+    install(model, head.HeadPlan())
+    read, unread = model(x), model(x)
+    expected = read + 0
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.testing.assert_close(torch.neg(unread), -expected)
+        with pytest.raises(RuntimeError, match="read it once before"):
+            torch.neg_(unread)
+    with torch.no_grad():
+        model.weight.add_(1)
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.testing.assert_close(torch.neg(read), -expected)
+        with pytest.raises(RuntimeError, match="were put off, and what they are computed from has changed"):
+            torch.neg(unread)
+
+
 def test_backward_hooks_on_a_head_see_the_logits_gradient():
     torch.manual_seed(0)
     model, x, y = nn.Linear(8, 12), torch.randn(6, 8, requires_grad=True), torch.randint(12, (6,))

@@ -102,9 +102,11 @@ class PutOff(torch.Tensor):
 
         def values(x: PutOff) -> torch.Tensor:
             x.origin.seen = True
+            if x.value is not None:
+                return x.value
             x.check_sources()
             with x.context():
-                return x.formula(*x.sources) if x.value is None else x.value
+                return x.formula(*x.sources)
 
         args, kwargs = torch.utils._pytree.tree_map_only(PutOff, values, (args, kwargs or {}))
         return function(*args, **kwargs)
