@@ -542,6 +542,34 @@ def test_of_two_convolutions_that_are_added_one_has_the_addition():
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
+class Listed(nn.Module):
+    """Sequentials that no Sequential holds: in a list, in a dict, and in a module that is not called itself."""
+
+    def __init__(self):
+        super().__init__()
+        block = lambda c_in: nn.Sequential(nn.Conv2d(c_in, 4, 3), nn.ReLU())  # noqa: E731
+        self.blocks, self.named = nn.ModuleList([block(3), block(4)]), nn.ModuleDict({"last": block(4)})
+        self.holder = nn.Identity()
+        self.holder.block = block(4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.holder.block(self.named["last"](x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_blocks_in_lists_are_found_once(mode):
+    torch.manual_seed(0)
+    model, x = Listed(), torch.randn(2, 3, 12, 12)
+    expected = model(x)
+    fused(model, x, mode=mode)
+    places = [row.place for row in pyfused.fuse_report(model).rows]
+    assert places == ["blocks.0.0", "blocks.1.0", "named.last.0", "holder.block.0"]
+    assert len(pyfused.fuse_report(model).fused) == 4
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_folded_batch_norm_follows_its_tensors():
     torch.manual_seed(0)
     model = nn.Sequential(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()

@@ -16,6 +16,8 @@ from .report import Report, Row
 from .trace import CannotTrace, Plan, calls_of, graph_of, install, matches_in, uninstall
 from .verify import allowance, compare, differences, nudged, restore, results, state_of, tolerance
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 class Search:
     """One run of `fuse`: find, judge, install, verify."""
@@ -88,9 +90,9 @@ class Search:
         self.plans[path] = RecordPlan(type(module), signature, graph, distinct(matches))
 
     def _plan_above(self, path: str) -> bool:
-        """Whether the graph of the module that holds this plain Sequential shows what is in it."""
+        """Whether the graph of the module that holds this plain Sequential, maybe in a list, shows what is in it."""
         above = path.rpartition(".")[0]
-        while above and type(self.modules[above]) is nn.Sequential and above not in self.plans:
+        while above and type(self.modules[above]) in _CONTAINERS and above not in self.plans:
             above = above.rpartition(".")[0]
         return above in self.plans
 
@@ -161,6 +163,8 @@ class Search:
             restore(self.model, state)
         keep = {}
         for path, plan in recorded.items():
+            if plan.found is None:  # the graph of another module runs what is in this one
+                continue
             for match in plan.matches:
                 candidate = of_match(match, self.modules[path], path, plan.found[match.key])
                 row = candidate.judge(self.training)
@@ -240,7 +244,7 @@ def _near_children(module: nn.Module):
     """Children, and what is in those that are only lists."""
     for child in module.children():
         yield child
-        if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        if type(child) in _CONTAINERS:
             yield from _near_children(child)
 
 
