@@ -70,6 +70,67 @@ def test_gradient_of_a_confident_row_is_kept(variant, kind, classes, margin):
     torch.testing.assert_close(got[:, 1].double(), (-others / (1 + others)).expand(2), rtol=rtol, atol=0)
 
 
+# --- Rows of several blocks (2048 classes on the CPU): each starts with the maximum of those before it
+def ascending(row, block):
+    row += torch.arange(len(row)) // block * 5
+
+
+def falling(row, block):
+    row -= torch.arange(len(row)) // block * 5
+
+
+def masked_first(row, block):
+    row[: block + 3] = -torch.inf
+
+
+def masked_last(row, block):
+    row[-block - 3 :] = -torch.inf
+
+
+@pytest.mark.parametrize("change", [ascending, falling, masked_first, masked_last], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("classes", [4095, 4096, 4099, 6150, 9000])
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"label_smoothing": 0.1}, {"soft": True}], ids=str)
+def test_rows_of_several_blocks(isa, classes, change, options):
+    x, target = problem((4, classes))
+    target[:] = torch.tensor([0, classes // 2, classes - 1, 2050])
+    options = dict(options)
+    if options.pop("soft", False):
+        target = torch.rand(4, classes, generator=torch.Generator().manual_seed(1)).softmax(1)
+    with torch.no_grad():
+        for row in x:
+            change(row, 2048)
+        if label_needs_finite(options, target):
+            x.clamp_(min=-30)
+        elif target.dim() == 1:
+            x[torch.arange(4), target] = 1.0
+    exact = x.detach().double().requires_grad_()
+    z = options["softcap"] * torch.tanh(exact / options["softcap"]) if "softcap" in options else exact
+    wide = target if target.dim() == 1 else target.double()
+    expected = F.cross_entropy(z, wide, reduction="none", label_smoothing=options.get("label_smoothing", 0.0))
+    loss, lse = PF.cross_entropy(x, target, reduction="none", return_lse=True, **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(lse.double(), torch.logsumexp(z, 1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(gradient(loss.sum(), x).double(), gradient(expected.sum(), exact), rtol=1e-5, atol=1e-9)
+
+
+def label_needs_finite(options, target):
+    """Whether every class counts in the loss, so that -inf makes it infinite."""
+    return "label_smoothing" in options or target.dim() == 2
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("at", [0, 2047, 2048, 8999])
+def test_rows_of_several_blocks_that_are_not_finite(isa, bad, at):
+    x, target = problem((2, 9000))
+    with torch.no_grad():
+        x[0, at] = bad
+        x[1] = -torch.inf
+    for given in (target, F.one_hot(target, 9000).float()):
+        loss, lse = PF.cross_entropy(x, given, reduction="none", return_lse=True)
+        assert loss.isnan().all() and (lse[0].isnan() or lse[0] == bad)
+        assert gradient(loss.sum(), x).isnan().all()
+
+
 def test_loss_of_a_confident_row_is_kept():
     x = torch.zeros(1, 64)
     x[0, 5] = 40.0

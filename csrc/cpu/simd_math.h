@@ -14,19 +14,25 @@ PYFUSED_INLINE C reduce_max(Vec<C> v) {
 }
 
 // e^x for x <= 88 (float) or 709 (double); results below the smallest normal number are 0. x = n ln 2 + r: the sum with
-// a large constant rounds x / ln 2 to an integer and leaves n + bias in the low bits, from where a shift makes 2^n.
+// a large constant rounds x / ln 2 to an integer and leaves n + bias in the low bits, from where a shift makes 2^n. In
+// float, 1 + r + r² P(r) with the P of degree 4 whose largest relative error is smallest, 3e-9.
 PYFUSED_INLINE Vec<float> exp(Vec<float> x) {
   const float shift = 0x1.8p23f + 127;
   Vec<float> t = x * 0x1.715476p0f + shift, n = t - shift;
   Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  Vec<float> p = r * 0x1.6a23dp-10f + 0x1.123a2p-7f;
+  p = p * r + 0x1.5558f2p-5f;
+  p = p * r + 0x1.555492p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  const auto normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.33654f), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);  // p 2^n in one instruction
+#else
   Vec<float> y = p * (Vec<float>)((VecI32)t << 23);
   return x < -87.33654f ? Vec<float>{} : y;
+#endif
 }
 PYFUSED_INLINE Vec<double> exp(Vec<double> x) {
   const double shift = 0x1.8p52 + 1023;
