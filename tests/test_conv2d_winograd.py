@@ -27,6 +27,8 @@ SHAPES = [
     (2, 24, 33, 31, 20, (1, 1), "two slices of tiles, whose weight gradients add up"),
     (2, 16, 130, 126, 18, (1, 1), "eight slices"),
     (2, 128, 14, 14, 160, (1, 1), "three groups of outputs, deeper products"),
+    (4, 128, 14, 14, 144, (1, 1), "a weight larger than a cache, more tiles than stay beside a part of it"),
+    (1, 200, 9, 9, 86, (1, 1), "two parts of the input channels, the second group of outputs is not whole"),
     (1, 512, 7, 7, 64, (1, 1), "the deepest sums: rounding grows with C"),
     (1, 128, 52, 52, 128, (1, 1), "a transformed weight larger than a cache, several blocks of tiles"),
 ]

@@ -104,7 +104,7 @@ Status conv2d_winograd_transform_weight(View transformed, View weight, int tile,
                       transformed.numel() == (tile + 2) * (tile + 2) * point_stride(panels, weight.shape[1]),
                   "transformed", "must be (tile + 2)² * (C * round_up(O, 16) + 16) contiguous float32");
   return with_tile(tile, [&](auto tag) {
-    transform_weight<tag.value>({weight, false}, 0, panels, transformed.as<float>(), threads);
+    transform_weight<tag.value>({weight, false}, 0, panels, 0, weight.shape[1], transformed.as<float>(), threads);
     return Status{};
   });
 }

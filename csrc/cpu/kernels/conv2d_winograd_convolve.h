@@ -37,14 +37,16 @@ PYFUSED_INLINE void multiply_rows(const float* v, int64_t v_row, int64_t tiles, 
   });
 }
 
-// M[t][64] = V[t][:] · U for `panels` panels (at most 4) of one point. Ahead: U lies farther than the L2 cache;
+PYFUSED_INLINE int64_t part_of(int64_t depth) { return ceil_div(depth, ceil_div(depth, kDepth)); }
+
+// M[t][64] (+)= V[t][:] · U for `panels` panels (at most 4) of one point. Ahead: U lies farther than the L2 cache;
 // `following` is the one that comes next.
 template <bool Ahead>
 PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles, const float* u, int64_t depth,
-                                   int panels, float* m, const float* following = nullptr) {
+                                   int panels, float* m, bool more, const float* following = nullptr) {
   constexpr int per_panel = kPanel / lanes<float>;
   int64_t next = per_panel == 1 ? depth * kPanel : lanes<float>;  // to the next vector of channels
-  int64_t part = ceil_div(depth, ceil_div(depth, kDepth));
+  int64_t part = part_of(depth);
   auto column = [&](int j) { return u + j / per_panel * depth * kPanel + j % per_panel * lanes<float>; };
   for (int j = 0; j < panels * per_panel; j += kVectors)
     with_constant<kVectors>(min(kVectors, panels * per_panel - j), [&](auto vectors) {
@@ -52,7 +54,7 @@ PYFUSED_INLINE void multiply_group(const float* v, int64_t v_row, int64_t tiles,
         const float* after = c + part < depth                    ? column(j) + (c + part) * kPanel
                              : j + kVectors < panels * per_panel ? column(j + kVectors)
                                                                  : following;
-        auto* add = c ? multiply_rows<vectors.value, true, Ahead> : multiply_rows<vectors.value, false, Ahead>;
+        auto* add = c || more ? multiply_rows<vectors.value, true, Ahead> : multiply_rows<vectors.value, false, Ahead>;
         add(v + c, v_row, tiles, column(j) + c * kPanel, next, min(part, depth - c), m + j * lanes<float>, after);
       }
     });
@@ -112,11 +114,13 @@ PYFUSED_INLINE void load_filters(const Filters& f, float (&taps)[9][kFilters][kP
   }
 }
 
-// U of `panels` panels from panel `first` on: u[points][panels][depth][16], points `point_stride(panels, depth)` apart.
+// U of `panels` panels from panel `first` on and of `depth` input channels from `from` on: u[points][panels][depth][16],
+// points `point_stride(panels, depth)` apart.
 template <int T>
-void transform_weight(const Weight& weight, int64_t first, int64_t panels, float* u, int threads) {
+void transform_weight(const Weight& weight, int64_t first, int64_t panels, int64_t from, int64_t depth, float* u,
+                      int threads) {
   const View& view = weight.view;
-  int64_t outputs = view.shape[weight.transposed], depth = view.shape[!weight.transposed];
+  int64_t outputs = view.shape[weight.transposed];
   int64_t output_stride = view.strides[weight.transposed], depth_stride = view.strides[!weight.transposed];
   int64_t point = point_stride(panels, depth), blocks = ceil_div(depth, kFilters);
   parallel_for(panels * blocks, 4, threads, [&](int64_t begin, int64_t end, int) {
@@ -128,7 +132,7 @@ void transform_weight(const Weight& weight, int64_t first, int64_t panels, float
       bool across = output_stride < depth_stride;
       int64_t panel = across ? item % panels : item / blocks, c = (across ? item / panels : item % blocks) * kFilters;
       int64_t o = (first + panel) * kPanel;
-      filters.data = view.as<float>() + o * output_stride + c * depth_stride;
+      filters.data = view.as<float>() + o * output_stride + (from + c) * depth_stride;
       filters.outputs = min<int64_t>(kPanel, outputs - o), filters.depth = min<int64_t>(kFilters, depth - c);
       load_filters(filters, taps);
       for (int64_t d = 0; d < filters.depth; ++d)
@@ -162,8 +166,8 @@ void finish_tiles(const Sink& sink, const Grid& grid, int64_t first, int64_t cou
   }
 }
 
-// --- Two schedules of  sink <- tiles of `source` (patches of P x P at the grid's tiles, less the padding) times U.  Every
-// sum has the same order in both: the same bits.
+// --- Three schedules of  sink <- tiles of `source` (patches of P x P at the grid's tiles, less the padding) times U.  Every
+// sum has the same order in all: the same bits.
 
 // Each thread by itself: with a part of the tiles (those that overlap in the result are one thread's), in blocks whose V
 // and M stay in its cache, each of which reads all of U; or, by_outputs, with all tiles and a part of the output channels,
@@ -186,7 +190,7 @@ void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, co
     const float* mine = u;
     if (by_outputs) {
       auto* made = static_cast<float*>(scratch(2, sizeof(float) * kPoints<T> * u_point));
-      transform_weight<T>(weight, first_panel, last_panel - first_panel, made, 1);
+      transform_weight<T>(weight, first_panel, last_panel - first_panel, 0, depth, made, 1);
       mine = made;
     }
     int64_t last_channel = min(channels, last_panel * kPanel);
@@ -201,7 +205,7 @@ void convolve_apart(const Source& source, const Sink& sink, const Grid& grid, co
         for (int k = 0; k < kPoints<T>; ++k)
           multiply_group<false>(v + k * v_point, v_row, count,
                                 mine + k * u_point + (panel - first_panel) * depth * kPanel, depth, panels,
-                                m + k * m_point);
+                                m + k * m_point, false);
         finish_tiles<T>(sink, grid, first, count, panel * kPanel, min(last_channel, (panel + panels) * kPanel), m,
                         m_point, panel * kPanel);
       }
@@ -231,7 +235,7 @@ void convolve_together(const Source& source, const Sink& sink, const Grid& grid,
     });
     for (int64_t panel = 0; panel < all_panels; panel += kGroup / kPanel) {
       int panels = static_cast<int>(min<int64_t>(kGroup / kPanel, all_panels - panel));
-      if (own) transform_weight<T>(weight, panel, panels, own, threads);
+      if (own) transform_weight<T>(weight, panel, panels, 0, depth, own, threads);
       const float* group = own ? own : u + panel * depth * kPanel;
       int64_t u_point = point_stride(own ? panels : all_panels, depth);
       parallel_for(kPoints<T> * row_blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
@@ -239,7 +243,7 @@ void convolve_together(const Source& source, const Sink& sink, const Grid& grid,
           int64_t k = item / row_blocks, t = item % row_blocks * kSharedRows;
           const float* following = group + min(item + 1, end - 1) / row_blocks * u_point;
           multiply_group<true>(v + k * v_point + t * v_row, v_row, min(kSharedRows, count - t), group + k * u_point,
-                               depth, panels, m + k * m_point + t * kGroup, following);
+                               depth, panels, m + k * m_point + t * kGroup, false, following);
         }
       });
       int64_t origin = panel * kPanel, last = min(channels, origin + panels * kPanel);
@@ -263,6 +267,38 @@ void convolve_together(const Source& source, const Sink& sink, const Grid& grid,
   }
 }
 
+// Few tiles and a weight whose U would fill the caches: a thread takes groups of output channels, all tiles, and a part of the
+// input channels at a time, whose U it makes in its own cache, uses, and forgets.
+template <int T, int P, class Source, class Sink>
+void convolve_by_groups(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, int pad_h,
+                        int pad_w, int threads) {
+  int64_t depth = source.channels, channels = sink.channels, all_panels = ceil_div(channels, kPanel);
+  int64_t v_row = round_up(depth, lanes<float>), v_point = grid.count * v_row + kSkew;
+  int64_t m_point = grid.count * kGroup + kSkew, part = part_of(depth);
+  int64_t group = min<int64_t>(kGroup / kPanel, ceil_div(all_panels, threads)), u_size = point_stride(group, part);
+  auto* v = static_cast<float*>(scratch(0, sizeof(float) * kPoints<T> * v_point));
+  parallel_for(grid.count, 1, threads, [&](int64_t begin, int64_t end, int) {
+    transform_tiles<T, P>(source, grid, begin, end - begin, pad_h, pad_w, v + begin * v_row, v_row, v_point);
+  });
+  parallel_for(ceil_div(all_panels, group), 1, threads, [&](int64_t begin, int64_t end, int) {
+    auto* u = static_cast<float*>(scratch(2, sizeof(float) * kPoints<T> * (u_size + m_point)));
+    float* m = u + kPoints<T> * u_size;
+    for (int64_t panel = begin * group; panel < min(all_panels, end * group); panel += group) {
+      int panels = static_cast<int>(min(group, all_panels - panel));
+      int64_t origin = panel * kPanel, last = min(channels, origin + panels * kPanel);
+      if constexpr (Sink::kOverlaps) sink.clear(0, grid.count / (grid.down * grid.across), origin, last);
+      for (int64_t c = 0; c < depth; c += part) {
+        int64_t size = min(part, depth - c), u_point = point_stride(panels, size);
+        transform_weight<T>(weight, panel, panels, c, size, u, 1);
+        for (int k = 0; k < kPoints<T>; ++k)
+          multiply_group<false>(v + k * v_point + c, v_row, grid.count, u + k * u_point, size, panels, m + k * m_point,
+                                c > 0);
+      }
+      finish_tiles<T>(sink, grid, 0, grid.count, origin, last, m, m_point, origin);
+    }
+  });
+}
+
 template <int T, int P, class Source, class Sink>
 void convolve(const Source& source, const Sink& sink, const Grid& grid, const Weight& weight, int pad_h, int pad_w,
               int threads) {
@@ -279,9 +315,11 @@ void convolve(const Source& source, const Sink& sink, const Grid& grid, const We
   // V is no larger than U here: making it twice costs less than what every thread would read of the others' U.
   bool few_tiles = grid.count * (Sink::kOverlaps ? 2 : 1) <= sink.channels;
   bool by_outputs = !together && !u && threads > 1 && panels > 1 && few_tiles;
+  if (together && !u && blocks == 1 && grid.count <= kSharedRows)
+    return convolve_by_groups<T, P>(source, sink, grid, weight, pad_h, pad_w, threads);
   if (!u && !by_outputs && !(together && blocks == 1)) {
     auto* own = static_cast<float*>(scratch(1, weight_bytes));
-    transform_weight<T>(weight, 0, panels, own, threads);
+    transform_weight<T>(weight, 0, panels, 0, depth, own, threads);
     u = own;
   }
   if (together)
