@@ -50,20 +50,22 @@ void score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
            int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t kChunk = 256;
+  int64_t user_ids[kChunk], item_ids[kChunk];
   const T *u[kChunk], *v[kChunk];
-  C bias[kChunk], dots[kChunk];
+  C dots[kChunk];
   int64_t per_user = item.count / user.count, b = begin / per_user, k = begin % per_user;
   for (int64_t p = begin; p < end; p += kChunk) {
     int64_t count = min(kChunk, end - p);
-    for (int64_t t = 0; t < count; ++t) {
-      int64_t user_id = user[b], item_id = item[p + t];
-      u[t] = users.row(user_id);
-      v[t] = items.row(item_id);
-      if (t < kAhead) users.prefetch(u[t]), items.prefetch(v[t]);
-      bias[t] = user_bias ? to_compute(user_bias[user_id]) : C(0);
-      if (item_bias) bias[t] += to_compute(item_bias[item_id]);
-      if (++k == per_user) k = 0, ++b;
-    }
+    item.copy(p, count, item_ids);
+    if (per_user == 1)
+      user.copy(p, count, user_ids);
+    else
+      for (int64_t t = 0; t < count; ++t) {
+        user_ids[t] = user[b];
+        if (++k == per_user) k = 0, ++b;
+      }
+    for (int64_t t = 0; t < count; ++t) u[t] = users.row(user_ids[t]), v[t] = items.row(item_ids[t]);
+    for (int64_t t = 0; t < min(kAhead, count); ++t) users.prefetch(u[t]), items.prefetch(v[t]);
     for (int64_t t = count; t % 4; ++t) u[t] = u[count - 1], v[t] = v[count - 1];
     for (int64_t t = 0; t < count; t += 4) {
       for (int64_t ahead = t + kAhead; ahead < min(t + kAhead + 4, count); ++ahead) {
@@ -75,7 +77,11 @@ void score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
       else
         dot4<false>(u + t, v + t, users.dim, dots + t);
     }
-    for (int64_t t = 0; t < count; ++t) out[p + t] = from_compute<T>(dots[t] + bias[t]);
+    if (user_bias)
+      for (int64_t t = 0; t < count; ++t) dots[t] += to_compute(user_bias[user_ids[t]]);
+    if (item_bias)
+      for (int64_t t = 0; t < count; ++t) dots[t] += to_compute(item_bias[item_ids[t]]);
+    for (int64_t t = 0; t < count; ++t) out[p + t] = from_compute<T>(dots[t]);
   }
 }
 

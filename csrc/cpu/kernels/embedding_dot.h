@@ -27,6 +27,12 @@ struct Ids {
   PYFUSED_INLINE int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
+  PYFUSED_INLINE void copy(int64_t first, int64_t n, int64_t* to) const {
+    if (wide)
+      std::memcpy(to, static_cast<const int64_t*>(data) + first, n * sizeof(int64_t));
+    else
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<const int32_t*>(data)[first + i];
+  }
 };
 
 template <class T>
