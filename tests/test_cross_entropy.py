@@ -9,7 +9,7 @@ import pyfused
 import pyfused.functional as PF
 from pyfused import nn as pnn
 
-LAYOUTS = [(6, 5), (6, 50), (2, 5, 4)]  # gathered, by row, class stride not 1
+LAYOUTS = [(6, 5), (6, 50), (6, 100), (2, 5, 4)]  # gathered, backward by row, by row, class stride not 1
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ PYFUSED_INLINE N min(N a, N b) {
   return b < a ? b : a;
 }
 template <class N>
-PYFUSED_INLINE N max(N a, N b) {
+PYFUSED_INLINE constexpr N max(N a, N b) {
   return a < b ? b : a;
 }
 

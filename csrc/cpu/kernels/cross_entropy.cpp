@@ -6,7 +6,7 @@
 //   loss   = ∑_r loss_r (sum), / total (mean; total = ∑_r w_t of rows not ignored, R for soft), or every loss_r (none)
 //   dz_c   = exp(z_c - lse) A - (what of the target falls on c),    A = ∑ of the target + 2 w_t z_loss lse + grad_lse
 //
-// Layout  input [R, C] or [N, C, P] (R = N·P) with any strides. Rows with adjacent classes and C >= kByRow are read as
+// Layout  input [R, C] or [N, C, P] (R = N·P) with any strides. Rows with adjacent classes, 40 or more, are read as
 //         they lie, vectors along the classes. All others (few classes, class dimension not innermost) are gathered, as
 //         many rows as a vector has lanes, into a C x lanes tile, vectors across the rows: no permuted copy, no tails.
 //         Adjacent classes come into the tile and out of it by transposing blocks of lanes x lanes in registers, 4
@@ -387,8 +387,8 @@ Status cross_entropy(View loss, View lse, View stats, View total, View input, Vi
   if (Status s = check(loss, lse, stats, total, input, target, weight, reduction); s.code != Status::ok) return s;
   return for_dtype(input.dtype, [&](auto type) {
     using T = decltype(type);
-    const Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss,
-                                  softcap);
+    Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss, softcap);
+    o.by_row = o.by_row && o.classes >= kByRowForward<compute_t<T>>;
     if (Status s = o.check_labels(); s.code != Status::ok) return s;
     return specialize<T>(target, label_smoothing, softcap, [&](auto kind, auto capped, auto t, auto u) {
       return forward<kind(), capped(), decltype(t), decltype(u)>(loss, lse, total, input, target, o, threads);

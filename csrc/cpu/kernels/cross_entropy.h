@@ -11,8 +11,11 @@ namespace {
 
 enum Target { hard, smooth, soft };  // hard: labels, no smoothing; smooth: labels and ε > 0; soft: probabilities
 enum Reduction { none, mean, sum };
-// From this many adjacent classes on, tails and sums over lanes cost less than gathering.
+// From this many adjacent classes on, tails and sums over lanes cost less than gathering; in the forward, which has two
+// such sums a row, from more on.
 constexpr int64_t kByRow = 40;
+template <class C>
+constexpr int64_t kByRowForward = max<int64_t>(kByRow, 6 * lanes<C>);
 
 template <class C>
 struct Options {  // what both directions share; C is float or double
