@@ -558,6 +558,58 @@ class Listed(nn.Module):
         return self.holder.block(self.named["last"](x)).mean((2, 3))
 
 
+class InContext(nn.Module):
+    """Two blocks, the first of which runs in a context that a graph of forward would not show."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+        self.first, self.second = (nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x):
+        return self.second(self.run(self.first, x).float() + x[..., 1:-1, 1:-1])
+
+
+def without_grad(block, x):
+    with torch.no_grad():
+        return block(x)
+
+
+def in_autocast(block, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return block(x)
+
+
+def checkpointed(block, x):
+    return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+
+
+def offloaded(block, x):
+    with torch.autograd.graph.save_on_cpu():
+        return block(x)
+
+
+@pytest.mark.parametrize("run", [without_grad, in_autocast, checkpointed, offloaded], ids=lambda f: f.__name__)
+def test_contexts_within_a_forward_stay(run):
+    """The forward itself is no graph; what runs in the context is a module with a graph of its own."""
+    torch.manual_seed(0)
+    model, x = InContext(run), torch.randn(2, 3, 12, 12)
+    eager = copy.deepcopy(model)
+    fused(model, x)
+    report = pyfused.fuse_report(model)
+    assert [row.place for row in report.fused] == ["first.0", "second.0"] and not report.notes
+    calls = []
+    model.first.register_forward_pre_hook(lambda *args: calls.append(torch.is_grad_enabled()))
+    for m in (model, eager):
+        m(x).square().sum().backward()
+    assert calls == {without_grad: [False], checkpointed: [True, True]}.get(run, [True])
+    rtol = 2e-2 if run is in_autocast else 1e-4
+    for p, q in zip(model.parameters(), eager.parameters()):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=rtol, atol=rtol)
+
+
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_blocks_in_lists_are_found_once(mode):
     torch.manual_seed(0)

@@ -93,7 +93,12 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, signature: Signature):
         super().__init__()
-        self.signature = signature
+        self.signature, self.context = signature, _context()
+
+    def create_node(self, *args, **kwargs):
+        if _context() != self.context:  # which a graph does not show
+            raise CannotTrace("part of it runs in a context: torch.no_grad, autocast, checkpoint or their like")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return type(module) is not nn.Sequential or hooked(module)
@@ -108,6 +113,18 @@ class _Tracer(fx.Tracer):
             node.meta["rank"] = wanted
             arguments[name] = _Argument(node, self)
         return lambda root: forward(root, **arguments), [self.root]
+
+
+def _context() -> tuple:
+    """What decides, beside a function's arguments, how it is differentiated and in which precision it runs."""
+    devices = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in devices),
+        *(torch.get_autocast_dtype(device) for device in devices),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),  # of checkpoint and save_on_cpu
+    )
 
 
 class _NewTensors(TorchFunctionMode):
@@ -137,6 +154,8 @@ def graph_of(module: nn.Module, base: type, signature: Signature) -> fx.Graph:
         module.__class__ = base
         with _NewTensors(tracer), torch.random.fork_rng(devices=[]):
             graph = tracer.trace(module)
+    except CannotTrace:
+        raise
     except Exception as error:
         raise CannotTrace(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
     finally:
