@@ -784,6 +784,16 @@ def test_logits_that_were_put_off_can_be_read():
     assert type(model.eval()(tokens, labels)["logits"]) is torch.Tensor
 
 
+def test_shifted_logits_that_were_put_off_can_be_read():
+    """A view of a slice would raise without the contiguous() between them."""
+    torch.manual_seed(0)
+    weight = torch.randn(9, 4, requires_grad=True)
+    shifted = head.defer(torch.randn(2, 5, 4), weight, None)[:, :-1].contiguous().view(-1, 9)
+    expected = F.linear(shifted.rows, weight)
+    F.cross_entropy(shifted, torch.randint(9, (8,))).backward()
+    assert torch.equal(shifted.argmax(-1), expected.argmax(-1))
+
+
 def test_logits_that_were_put_off_are_not_read_after_a_step():
     model = LanguageModel()
     tokens = torch.randint(40, (3, 7))

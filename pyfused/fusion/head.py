@@ -137,7 +137,7 @@ def _multiply(x, by):
 
 
 _STEPS = {
-    "float": lambda x: _to(x, torch.float32), "to": _to, "contiguous": lambda x: x,
+    "float": lambda x: _to(x, torch.float32), "to": _to, "contiguous": lambda x: {},
     "view": _view, "reshape": _view, "flatten": _flatten, "__getitem__": _slice,
     "add": _add, "__add__": _add, "div": _divide, "__truediv__": _divide, "true_divide": _divide, "tanh": _tanh,
     "mul": _multiply, "__mul__": _multiply, "__rmul__": _multiply,
