@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, Block, LanguageModel, ResNet, loss_of
 from torch import nn
@@ -459,6 +460,18 @@ def test_uninitialised_models_are_left_alone():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU())
     fused(model, torch.randn(2, 3, 8, 8))
     assert "uninitialised" in pyfused.fuse_report(model).notes[0] and type(model[0]) is nn.LazyConv2d
+
+
+def test_sharded_models_are_left_alone():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = dist.fsdp.fully_shard(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+        fused(model, torch.randn(2, 3, 8, 8))
+        assert "sharded" in pyfused.fuse_report(model).notes[0]
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+    finally:
+        dist.destroy_process_group()
 
 
 # --- What the trace took for granted is checked at each call

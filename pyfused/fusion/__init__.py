@@ -60,6 +60,8 @@ def fuse(
     report = Report()
     if any(torch.nn.parameter.is_lazy(p) for p in model.parameters()):
         report.notes.append("Nothing was done: the model has uninitialised parameters. Run it once, then fuse it.")
+    elif any(hasattr(p, "full_tensor") for p in model.parameters()):  # a DTensor; importing that takes a second
+        report.notes.append("Nothing was done: the model's parameters are sharded. Fuse first, then call fully_shard.")
     else:
         with undisturbed(model, mode == "train"):
             Search(model, args, kwargs, mode == "train", report).run(verify)
