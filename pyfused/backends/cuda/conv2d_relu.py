@@ -6,13 +6,13 @@ implicit_gemm  csrc/cuda/conv2d_implicit_gemm*.cu: tensor cores, channels_last, 
 cudnn          PyTorch's convolution in the layout given. Where that is channels_last, bias and ReLU are one pass after
                it, the mask and the bias gradient one pass before its gradients: csrc/cuda/conv2d_epilogue.cu.
 
-No GPU has measured them. The rule, see `choose`, is an estimate for an H100. First layers: the direct kernels multiply at
-some 40 Tflop/s, in float32, and cuDNN at 300, but 8 channels for 1 to 4, and with a pass over the output, in 16 bits 4
-bytes a number, 1.3 ps at 3 TB/s. So a number of the output costs 0.05 ps for each product of the direct kernels against
-0.05 ps for each tap and the pass: direct up to some 28 products more than taps. Other layers: cuDNN at 600 Tflop/s in
-16 bits and ours at 350, which is what the second-level cache can feed, make a product 2.4 fs dearer. Forward, ours
-saves the pass: worth it up to some 500 products a number, pooled twice as many. Backward, ours saves one pass of five
-for twice the products: cuDNN.
+No GPU has measured them. The rule, see `choose`, is an estimate for an H100. First layers: the direct kernels multiply
+at some 40 Tflop/s, in float32, and cuDNN at 300, but 8 channels for 1 to 4, and with a pass over the output, in 16 bits
+4 bytes a number, 1.3 ps at 3 TB/s. So a number of the output costs 0.05 ps for each product of the direct kernels
+against 0.05 ps for each tap and the pass: direct up to some 28 products more than taps. Other layers: cuDNN at 600
+Tflop/s in 16 bits and ours at 350, which is what the second-level cache can feed, make a product 2.4 fs dearer.
+Forward, ours saves the pass: worth it up to some 500 products a number, pooled twice as many. Backward, ours saves one
+pass of five for twice the products: cuDNN.
 
 PYFUSED_AUTOTUNE=1 measures all that can run instead, once for each sizes, dtype and device; so does
 torch.backends.cudnn.benchmark, which lets PyTorch measure cuDNN's own algorithms.
