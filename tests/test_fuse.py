@@ -6,6 +6,7 @@ import pickle
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,10 @@ def test_nothing_is_timed_twice(monkeypatch):
         ("__version__", pyfused, "99.0"),
         ("get_num_threads", torch, lambda: 99),
         ("_forced", pyfused.dispatch, "reference"),
+        ("is_autocast_enabled", torch, lambda device: device == "cuda"),
+        ("benchmark", torch.backends.cudnn, True),
+        ("conv", torch.backends.cudnn, SimpleNamespace(fp32_precision="tf32")),
+        ("matmul", torch.backends.cuda, SimpleNamespace(fp32_precision="tf32")),
     ],
     ids=lambda c: c[0],
 )
