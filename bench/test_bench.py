@@ -380,6 +380,11 @@ def test_stages_of_the_gpu_check(tmp_path):
     assert list(seconds("bench", "memcheck")) == ["memcheck", "bench"]
     commands = stub.with_suffix(".log").read_text().splitlines()
     assert all(" /nowhere/python3 -m " in command or " bash -c " in command for command in commands), commands
+    # Compiling for other GPUs and emulating one take minutes, and need none.
+    tests = [command for command in commands if "pytest" in command and "not (cuda" not in command]
+    assert len(tests) == 4
+    for command in tests:
+        assert 0 < command.count("not emulat") == command.count("not resources") + command.count("not interpreter")
     # With more time nothing is left out, and every stage has more.
     assert 1000 <= sum(everything.values()) <= 1060
     assert seconds(GPU_CHECK_SECONDS="5300") == {name: 5 * limit for name, limit in everything.items()}

@@ -33,7 +33,7 @@ def integers(*shape, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("how", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_fragments(dtype, how):
+def test_emulated_fragments(dtype, how):
     """mma, ldmatrix and cp.async against the tables of the PTX ISA and a plain product."""
     if how == 2 and dtype == torch.float32:
         pytest.skip("ldmatrix transposes 16-bit numbers only")
