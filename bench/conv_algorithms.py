@@ -1,8 +1,8 @@
 """The algorithms of the CUDA convolutions, layer by layer: python -m bench.conv_algorithms OUT_FILE
 
 For layers of common networks, in channels_last, what each algorithm takes and which one the rule picks: the measurement
-that the rule in pyfused/backends/cuda/conv2d_relu.py is to be corrected by. PYFUSED_AUTOTUNE=1 makes the same choice at
-run time.
+that the rule in pyfused/backends/cuda/conv2d_relu.py is to be corrected by. PYFUSED_AUTOTUNE=1, or
+torch.backends.cudnn.benchmark, makes the same choice at run time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ LAYERS = [  # input, output channels, kernel, stride; padding keeps the size
     ((32, 512, 7, 7), 512, 3, 1),
     ((16, 64, 112, 112), 128, 3, 1),
     ((1, 64, 56, 56), 64, 3, 1),
+    ((64, 1, 28, 28), 32, 3, 1),
+    ((8, 3, 224, 224), 32, 3, 1),
+    ((8, 3, 224, 224), 64, 5, 1),
+    ((8, 3, 224, 224), 64, 7, 2),
 ]
-ALGORITHMS = ("implicit_gemm", "cudnn")
+ALGORITHMS = ("cudnn", "direct", "implicit_gemm")
 
 
 def measure(shape, c_out, kernel, stride, dtype, device="cuda") -> list[dict]:
@@ -37,22 +41,25 @@ def measure(shape, c_out, kernel, stride, dtype, device="cuda") -> list[dict]:
     w, bias = w.contiguous(memory_format=torch.channels_last), torch.randn(c_out, device=device, dtype=dtype)
     options = ((stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
     out = torch.ops.pyfused.conv2d_relu(x, w, bias, *options)
-    grad = torch.randn_like(out)
-    runs = {
-        "forward": lambda: torch.ops.pyfused.conv2d_relu(x, w, bias, *options),
-        "backward": lambda: torch.ops.pyfused.conv2d_relu_backward(grad, x, w, out, *options, [True] * 3),
+    grad, needed = torch.randn_like(out), [shape[1] > 4, True, True]  # the input of a first layer has no gradient
+    plans = {
+        "forward": adapter.plan(x, w, bias, *options),
+        "backward": adapter.plan_backward(grad, x, w, out, *options, needed),
     }
     rows = []
-    for direction, run in runs.items():
-        rule, _ = adapter.choose(x, w, *options, backward=direction == "backward")
-        flops = 2 * out.numel() * w[0].numel() * (1 if direction == "forward" else 2)
+    for direction, plan in plans.items():
+        flops = 2 * out.numel() * w[0].numel() * (1 if direction == "forward" else sum(needed[:2]))
         row = {"layer": f"{shape} -> {c_out} k{kernel} s{stride}", "dtype": str(dtype)[6:], "direction": direction}
+        seconds = {
+            name: min(adapter.seconds(plan.candidates[name], 20) for _ in range(3))
+            for name in ALGORITHMS
+            if name in plan.candidates
+        }
         for name in ALGORITHMS:
-            adapter.forced = {"implicit_gemm": "own"}.get(name, name)
-            seconds = min(adapter._seconds(run, 20) for _ in range(3))
-            adapter.forced = None
-            row |= {f"{name} ms": round(seconds * 1e3, 4), f"{name} Tflop/s": round(flops / seconds / 1e12, 1)}
-        row |= {"rule": rule, "faster": min(ALGORITHMS, key=lambda name: row[f"{name} ms"])}
+            time = seconds.get(name)
+            row[f"{name} ms"] = time and round(time * 1e3, 4)
+            row[f"{name} Tflop/s"] = time and round(flops / time / 1e12, 1)
+        row |= {"rule": plan.rule[0], "faster": min(seconds, key=seconds.get)}
         rows.append(row)
     return rows
 

@@ -1,13 +1,15 @@
 """The benchmark on a GPU: python -m bench.gpu OUT_DIR [--minutes 5] [--no-compile]
 
 The cases of cases.py and some that only a GPU can hold; besides their contenders our GPU backends one by one. Rows are
-written after each case, so that a run that is cut short leaves what it has.
+written after each case, so that a run that is cut short leaves what it has; the next goes on with the cases of which
+there is none. Exit status 1 if one failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,8 @@ class OnGpu:
 
     def contenders(self, direction: str, device: torch.device) -> Builders:
         builders = self.case.contenders(direction, device)
+        if self.op not in pyfused.dispatch.TABLE:  # models
+            return builders
         ours = builders.get("pyfused NHWC", builders["pyfused"])
         for backend in ("cuda", "triton"):
             if pyfused.available_backends()[backend] is None:
@@ -89,6 +93,13 @@ def _within(context, contender: Contender) -> Contender:
     return Contender(lambda: within(contender.run), lambda: within(contender.result))
 
 
+def races(rows: list[report.Row]) -> list[tuple[Case, str]]:
+    """The cases and directions of which there is no row yet."""
+    known = {(row["op"], row["case"], row["dtype"], row["direction"]) for row in rows}
+    everything = [(case, direction) for case in (*LARGE, *FULL) for direction in case.directions]
+    return [(c, d) for c, d in everything if (c.op, c.name, str(c.dtype).removeprefix("torch."), d) not in known]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -96,30 +107,29 @@ def main() -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     options = parser.parse_args()
     console, device = Console(width=200), torch.device("cuda")
-    options.out.mkdir(parents=True, exist_ok=True)
+    file, stop = options.out / "cuda.csv", time.monotonic() + 60 * options.minutes
     if torch.backends.cudnn.conv.fp32_precision == "tf32":  # PyTorch's default: convolutions round to 11 bits
         harness.TOLERANCE[torch.float32] = 2e-3
-    stop = time.monotonic() + 60 * options.minutes
-    everything = []
-    for case in (*LARGE, *FULL):
-        for direction in case.directions:
-            if time.monotonic() > stop:
-                console.print(f"no time left for {case.title(direction)}")
-                continue
-            try:
-                rows = run_case(OnGpu(case), direction, device, with_compile=options.compile, seconds=0.2,
-                                announce=console.print)  # fmt: skip
-            except Exception as error:
-                console.print(f"{case.title(direction)}: {type(error).__name__}: {error}", markup=False)
-                continue
-            finally:
-                with contextlib.suppress(RuntimeError):
-                    torch.cuda.empty_cache()
-            report.write_csv(rows, options.out / "cuda.csv")
-            console.print(report.tables(rows))
-            everything += rows
-    with (options.out / "table.txt").open("w") as file:
-        Console(file=file, width=160).print(report.tables(everything) if everything else "nothing was measured")
+    left, failed = races(report.read_csv(file) if file.exists() else []), 0
+    while left and time.monotonic() < stop:
+        case, direction = left.pop(0)
+        try:
+            rows = run_case(OnGpu(case), direction, device, with_compile=options.compile, seconds=0.2,
+                            announce=console.print)  # fmt: skip
+        except Exception as error:
+            failed += 1
+            console.print(f"{case.title(direction)}: {type(error).__name__}: {error}", markup=False)
+            continue
+        finally:
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
+        report.write_csv(rows, file)
+        console.print(report.tables(rows))
+        with (options.out / "table.txt").open("w") as table:
+            Console(file=table, width=160).print(report.tables(report.read_csv(file)))
+    for case, direction in left:
+        console.print(f"no time left for {case.title(direction)}")
+    sys.exit(f"{failed} failed" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _binary, dispatch, functional
+from .fusion.verify import exact_float32
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WINOGRAD = 2e-5
@@ -146,7 +147,7 @@ def examine(check: Check, label: str, backend: str, dtype: torch.dtype) -> Findi
     given = [x.to(dtype) if x.is_floating_point() else x for x in given]
     device = "cuda" if backend in ("cuda", "triton") else "cpu"
     try:
-        with dispatch.use_backend(backend):
+        with dispatch.use_backend(backend), exact_float32():
             found = results(getattr(functional, check.op), [x.to(device) for x in given], check.options)
     except Exception as error:
         if isinstance(error, RuntimeError) and DECLINED in str(error):

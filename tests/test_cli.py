@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import emulated
 import pytest
 import torch
 from small_data import folder, one_thread  # noqa: F401  (fixtures)
@@ -90,6 +91,17 @@ def test_check_restores_the_instruction_set(few_checks):
     before = _binary._C.isa()
     list(conformance.run_checks())
     assert _binary._C.isa() == before
+
+
+def test_check_multiplies_float32_as_float32(few_checks, monkeypatch):
+    """On a GPU, where TF32, PyTorch's default for convolutions, is no defect."""
+    conv = torch.backends.cudnn.conv
+    value = {"ieee": 2.0, "tf32": 1.0}
+    monkeypatch.setattr(conformance, "results", lambda *args: [torch.tensor(value[conv.fp32_precision])])
+    with emulated.float32_as(conv, "tf32"):
+        findings = [finding for found in conformance.run_checks() for finding in found]
+        assert conv.fp32_precision == "tf32"
+    assert findings and all(finding.error == 1 for finding in findings)  # the truth, in float64, is made as set
 
 
 @pytest.mark.parametrize(

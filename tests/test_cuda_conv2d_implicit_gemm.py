@@ -5,6 +5,7 @@ Inputs are small integers where not said otherwise: sums are exact in any order,
 """
 
 import re
+from pathlib import Path
 
 import emulated
 import pytest
@@ -32,7 +33,7 @@ def integers(*shape, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("how", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_fragments(dtype, how):
+def test_emulated_fragments(dtype, how):
     """mma, ldmatrix and cp.async against the tables of the PTX ISA and a plain product."""
     if how == 2 and dtype == torch.float32:
         pytest.skip("ldmatrix transposes 16-bit numbers only")
@@ -248,6 +249,12 @@ def test_more_channels_than_a_grid_has_rows_for(device):
         ((8, 32, 56, 56), 64, 3, {"dtype": torch.float32}, "cudnn, cuDNN's faster"),  # TF32 is off in the tests
         ((8, 32, 56, 56), 64, 3, {"stride": 5}, "cudnn, .* a launch for each"),
         ((1, 8, 16384, 8192), 8, 3, {}, "cudnn, .* 2\\^30"),
+        ((1, 8, 1, 1), 8, 1, {"padding": 8192}, "cudnn, .* 2\\^30"),
+        ((2**28, 5, 1, 1), 8, 1, {}, "cudnn, .* 2\\^28"),
+        ((8, 3, 32, 32), 64, 3, {}, "direct"),
+        ((8, 1, 32, 32), 64, 7, {}, "direct"),
+        ((8, 3, 32, 32), 64, 7, {"stride": 2}, "cudnn, few input channels, but"),
+        ((8, 3, 32, 32), 64, 7, {"stride": 2, "dtype": torch.float32}, "direct"),
     ],
 )
 def test_the_rule_and_how_explain_tells_it(device, adapter, monkeypatch, shape, c_out, kernel, options, expected):
@@ -255,16 +262,17 @@ def test_the_rule_and_how_explain_tells_it(device, adapter, monkeypatch, shape, 
     layout, dtype = options.get("layout", torch.channels_last), options.get("dtype", torch.bfloat16)
     x = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
     w = torch.empty(c_out, shape[1] // options.get("groups", 1), kernel, kernel, dtype=dtype, device=device)
-    pairs = [(options.get("stride", 1),) * 2, (0, 0), (1, 1)]
+    pairs = [(options.get("stride", 1),) * 2, (options.get("padding", 0),) * 2, (1, 1)]
     answer = pyfused.explain("conv2d_relu", x, w, None, *pairs, options.get("groups", 1))
     assert re.match("chosen: " + expected, answer["cuda"]), answer
     out = torch.empty(1, device=device)
     answer = pyfused.explain("conv2d_relu_backward", out, x, w, out, *pairs, options.get("groups", 1), [True] * 3)
-    assert answer["cuda"].startswith("chosen: cudnn")
+    assert answer["cuda"].startswith("chosen: direct" if expected == "direct" else "chosen: cudnn")
 
 
+@pytest.mark.parametrize("asks", ["PYFUSED_AUTOTUNE", "cudnn.benchmark"])
 @pytest.mark.parametrize("faster", ["implicit_gemm", "cudnn"])
-def test_measured_choice(device, adapter, monkeypatch, faster):
+def test_measured_choice(device, adapter, monkeypatch, faster, asks):
     """Once for sizes, strides and dtype; forward and backward apart."""
     asked = []
 
@@ -273,9 +281,10 @@ def test_measured_choice(device, adapter, monkeypatch, faster):
         return 1.0 if (len(asked) % 2 == 0) == (faster == "implicit_gemm") else 2.0  # cudnn is asked first
 
     monkeypatch.setattr(adapter, "forced", None)
-    monkeypatch.setattr(adapter, "AUTOTUNE", True)
+    monkeypatch.setattr(adapter, "AUTOTUNE", asks == "PYFUSED_AUTOTUNE")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", asks == "cudnn.benchmark")
     monkeypatch.setattr(adapter, "_measured", {})
-    monkeypatch.setattr(adapter, "_seconds", seconds)
+    monkeypatch.setattr(adapter, "seconds", seconds)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     check_exact(problem(device, (1, 8, 5, 6), 8, (3, 3)))
     assert not asked, "within a CUDA graph nothing can be measured"
@@ -294,11 +303,12 @@ def test_a_measurement_holds_for_one_device():
     assert first == same != other
 
 
-@pytest.mark.parametrize("measured", [None, "implicit_gemm", "cudnn"])
+@pytest.mark.parametrize("measured", [None, "direct", "implicit_gemm", "cudnn"])
 @pytest.mark.parametrize("pool", [None, (2, 2), (3, 2), (2, 1)])
 @pytest.mark.parametrize("c_in", [3, 8, 80])
 def test_what_explain_names_is_what_runs(device, adapter, monkeypatch, c_in, pool, measured):
-    """Forward and backward, by the rule and measured; 80 channels: cuDNN's, but for what pools itself."""
+    """Forward and backward, by the rule and measured; 80 channels: cuDNN's, but for what pools itself. First layers are
+    measured, too."""
     ran = []
 
     def recorded(name):
@@ -308,21 +318,25 @@ def test_what_explain_names_is_what_runs(device, adapter, monkeypatch, c_in, poo
     for name in [n for n in dir(_binary._C) if n.startswith(("cuda_conv2d_direct", "cuda_conv2d_implicit_gemm"))]:
         monkeypatch.setattr(_binary._C, name, recorded(name))
 
+    def algorithm():
+        (found,) = {"direct" if "direct" in name else "implicit_gemm" for name in ran} or {"cudnn"}
+        return found
+
     def seconds(run):
-        before = len(ran)
+        ran.clear()
         run()
-        return float((len(ran) > before) == (measured == "cudnn"))
+        return 1.0 if algorithm() == measured else 2.0
 
     def check(op, *args):
         getattr(torch.ops.pyfused, op)(*args)  # measures
         ran.clear()
         results = getattr(torch.ops.pyfused, op)(*args)
         said = re.match(r"chosen: (\w+), ", pyfused.explain(op, *args)["cuda"])[1]
-        (did,) = {"direct" if "direct" in name else "implicit_gemm" for name in ran} or {"cudnn"}
-        assert said == did
+        assert said == algorithm()
+        assert said == measured or measured is None or c_in > 4 or (pool and pool != (2, 2) and "backward" in op)
         return results
 
-    settings = {"forced": None, "AUTOTUNE": measured is not None, "_measured": {}, "_seconds": seconds}
+    settings = {"forced": None, "AUTOTUNE": measured is not None, "_measured": {}, "seconds": seconds}
     for name, value in settings.items():
         monkeypatch.setattr(adapter, name, value)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -332,3 +346,18 @@ def test_what_explain_names_is_what_runs(device, adapter, monkeypatch, c_in, poo
     results = check(name, x, w, bias, *options)
     out, saved = results if pool else (results, results)
     check(f"{name}_backward", torch.ones_like(out), x, w, saved, *options, [True] * 3)
+
+
+def test_the_benchmark_of_the_algorithms(device, adapter, monkeypatch):
+    """bench/conv_algorithms.py: all that can run a layer, and the rule's choice among them."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    import conv_algorithms
+
+    monkeypatch.setattr(adapter, "forced", None)
+    monkeypatch.setattr(adapter, "seconds", lambda run, repetitions: (run(), 0.5)[1])
+    for channels, names in ((3, {"cudnn", "direct", "implicit_gemm"}), (8, {"cudnn", "implicit_gemm"})):
+        rows = conv_algorithms.measure((1, channels, 6, 6), 8, 3, 1, torch.bfloat16, device)
+        assert [row["direction"] for row in rows] == ["forward", "backward"]
+        for row in rows:
+            assert {name for name in conv_algorithms.ALGORITHMS if row[f"{name} ms"] == 500} == names
+            assert row["rule"] in names and row["faster"] == "cudnn"

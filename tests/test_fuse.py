@@ -6,7 +6,9 @@ import pickle
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
+import emulated
 import pytest
 import torch
 import torch.distributed.fsdp
@@ -155,6 +157,10 @@ def test_nothing_is_timed_twice(monkeypatch):
         ("__version__", pyfused, "99.0"),
         ("get_num_threads", torch, lambda: 99),
         ("_forced", pyfused.dispatch, "reference"),
+        ("is_autocast_enabled", torch, lambda device: device == "cuda"),
+        ("benchmark", torch.backends.cudnn, True),
+        ("conv", torch.backends.cudnn, SimpleNamespace(fp32_precision="tf32")),
+        ("matmul", torch.backends.cuda, SimpleNamespace(fp32_precision="tf32")),
     ],
     ids=lambda c: c[0],
 )
@@ -246,6 +252,21 @@ def test_gradients_may_differ_as_much_as_nudged_inputs_make_them():
         for off, fits in ((0.9 * allowed, True), (1.1 * allowed, False)):
             assert (verify.compare(before, before | {name: before[name] + off}, 1e-3, own)[0] <= 1) == fits
     assert verify.allowance("gradient of w", 1e-9, own) == 1e-9
+
+
+@pytest.mark.parametrize("precision", ["tf32", "none"])
+def test_float32_is_verified_as_float32(precision):
+    """Not as TF32, which would have to be allowed what it loses."""
+    products, seen = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            seen.append([p.fp32_precision for p in products])
+            return super().forward(x)
+
+    with emulated.float32_as(products[0], precision), emulated.float32_as(products[1], precision):
+        verify.results(Model(3, 4), (torch.randn(2, 3),), {}, True)
+        assert seen == [["ieee", "ieee"]] and [p.fp32_precision for p in products] == [precision, precision]
 
 
 def test_models_that_refuse_nudged_inputs_are_verified_all_the_same():

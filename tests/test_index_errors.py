@@ -97,6 +97,28 @@ def test_label_in_a_chunk_of_a_linear_layer(device, monkeypatch, rows, bad):
     raises_once("target", 5, bad, 9)
 
 
+@pytest.mark.parametrize("position", [255, 256, 1000])
+@pytest.mark.op("linear_cross_entropy")
+def test_label_among_many_of_a_linear_layer(device, monkeypatch, position):
+    """More than a pass of all threads over the whole target reaches, when emulated."""
+    adapter = importlib.import_module(f"pyfused.backends.{dispatch._forced}.linear_cross_entropy")
+    monkeypatch.setattr(adapter, "_chunk", lambda input, weight: input.new_empty(600, len(weight)))
+    target = torch.full((1001,), -100, device=device)
+    target[position] = 9
+    PF.linear_cross_entropy(*(torch.randn(n, 8, device=device) for n in (1001, 9)), target, reduction="none")
+    raises_once("target", position, 9, 9)
+
+
+@pytest.mark.op("cross_entropy")
+def test_several_labels(device):
+    """One of them is named, by its own place and value."""
+    target = torch.tensor([9, 10, 11, 12, 13, 14], device=device)
+    PF.cross_entropy(torch.randn(6, 9, device=device), target, reduction="none")
+    with pytest.raises(IndexError, match=r"^target (9 .*\[0\]|10 .*\[1\]|11 .*\[2\]|12 .*\[3\]|13 .*\[4\]|14 .*\[5\])"):
+        pyfused.check_errors()
+    pyfused.check_errors()
+
+
 @BAD
 @pytest.mark.parametrize("name", ["user", "item"])
 @pytest.mark.op("embedding_dot")

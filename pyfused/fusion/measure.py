@@ -101,7 +101,10 @@ def _machine() -> str:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     native = _binary._C and f"{_binary._C.isa()} {allowed_algorithms()} widens {len(SLOW)}"
-    flags = f"{dispatch._forced} {native} autocast {torch.is_autocast_enabled('cpu')}"
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    cuda = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    precision = f"{[x.fp32_precision for x in cuda]} benchmark {torch.backends.cudnn.benchmark}"
+    flags = f"{dispatch._forced} {native} autocast {autocast} cuda {precision}"
     versions = f"torch {torch.__version__} | pyfused {__version__}"
     return f"| {_processor()} | {device} | {torch.get_num_threads()} threads | {versions} | {flags}"
 

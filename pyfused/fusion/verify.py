@@ -26,6 +26,21 @@ PIECE = 1 << 20  # elements that are compared at a time
 
 
 @contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within it GPUs multiply float32 as float32. As TF32, PyTorch's default for convolutions, each layer loses 3e-4,
+    which would have to be allowed, and hide what is to be found."""
+    products = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [x.fp32_precision for x in products]
+    try:
+        for x in products:
+            x.fp32_precision = "ieee"
+        yield
+    finally:
+        for x, precision in zip(products, before):
+            x.fp32_precision = precision
+
+
+@contextmanager
 def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Within it the model is in this mode; training flags, buffers and random states are restored at the end.
 
@@ -68,7 +83,7 @@ def results(model: nn.Module, args: tuple, kwargs: dict, training: bool) -> dict
     """
     state = state_of(model)
     found = {}
-    with torch.set_grad_enabled(training):
+    with exact_float32(), torch.set_grad_enabled(training):
         leaves = [x for x in tree_leaves(_plain(model(*args, **kwargs))) if isinstance(x, torch.Tensor)]
         if training:
             found |= _gradients(model, leaves)

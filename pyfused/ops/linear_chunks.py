@@ -158,7 +158,7 @@ def run_forward(
             ce._backward_(upstream, None, logits, *given, part_stats, part_total, mode, *options)
             _add_grads(logits, rows, input, linear_weight, partial, needed)
     if mode == _SUM:
-        loss.copy_(torch.stack(sums).sum(dtype=torch.float64) if sums else 0)
+        loss.copy_(torch.stack(sums).sum(dtype=torch.float64)) if sums else loss.zero_()  # a GPU waits to copy a number
         if mean:
             loss.div_(total)
     if late:

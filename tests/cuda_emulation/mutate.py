@@ -62,7 +62,7 @@ def _tests(op: str, keywords: str) -> list[str]:
     if own.exists():
         return [str(own)]
     which = f"((cuda-emulated and {keywords}) or (test_cuda_emulation and not sanitizers and not planted))"
-    files = ("forward", "backward", "optim", "conv2d_relu", "cuda_emulation")
+    files = ("forward", "backward", "optim", "conv2d_relu", "index_errors", "cuda_emulation")
     return ["-k", f"{which} and not float64", *(str(TESTS / f"test_{name}.py") for name in files)]
 
 

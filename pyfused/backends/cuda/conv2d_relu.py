@@ -6,17 +6,23 @@ implicit_gemm  csrc/cuda/conv2d_implicit_gemm*.cu: tensor cores, channels_last, 
 cudnn          PyTorch's convolution in the layout given. Where that is channels_last, bias and ReLU are one pass after
                it, the mask and the bias gradient one pass before its gradients: csrc/cuda/conv2d_epilogue.cu.
 
-No GPU has measured them. The rule, see `choose`: the direct kernels where they can run. Between the others an estimate
-for an H100: cuDNN at 600 Tflop/s in 16 bits and ours at 350, which is what the second-level cache can feed, make a
-product 2.4 fs dearer. Forward, ours saves the pass that reads and writes the output, in 16 bits 4 bytes a number, 1.3
-ps at 3 TB/s: worth it up to some 500 products a number, pooled twice as many. Backward, ours saves one pass of five for
-twice the products: cuDNN. PYFUSED_AUTOTUNE=1 measures these two instead, once for each sizes, dtype and device.
+No GPU has measured them. The rule, see `choose`, is an estimate for an H100. First layers: the direct kernels multiply
+at some 40 Tflop/s, in float32, and cuDNN at 300, but 8 channels for 1 to 4, and with a pass over the output, in 16 bits
+4 bytes a number, 1.3 ps at 3 TB/s. So a number of the output costs 0.05 ps for each product of the direct kernels
+against 0.05 ps for each tap and the pass: direct up to some 28 products more than taps. Other layers: cuDNN at 600
+Tflop/s in 16 bits and ours at 350, which is what the second-level cache can feed, make a product 2.4 fs dearer.
+Forward, ours saves the pass: worth it up to some 500 products a number, pooled twice as many. Backward, ours saves one
+pass of five for twice the products: cuDNN.
+
+PYFUSED_AUTOTUNE=1 measures all that can run instead, once for each sizes, dtype and device; so does
+torch.backends.cudnn.benchmark, which lets PyTorch measure cuDNN's own algorithms.
 
 Ours give the same bits every time, cuDNN its gradients where PyTorch's would: torch.backends.cudnn.deterministic.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
@@ -32,17 +38,19 @@ from . import conv2d_direct as direct
 forced: str | None = os.environ.get("PYFUSED_CUDA_CONV") or None
 AUTOTUNE = os.environ.get("PYFUSED_AUTOTUNE", "0") == "1"
 FEW_PRODUCTS = 512  # for each number of the output
+FEW_MORE = 28  # products for each number of the output than taps, of first layers
 
 
 # --- Choice
-def cannot_gemm(input, weight, stride, groups) -> str | None:
+def cannot_gemm(input, weight, stride, padding, dilation, groups) -> str | None:
     """Why the implicit GEMM cannot run this, or None."""
     if groups != 1:
         return "the implicit GEMM has no groups"
     if input.dtype == torch.float64:
         return "the implicit GEMM has no float64"
-    if max(weight.shape[:2]) * input.shape[2] * input.shape[3] >= 2**30:
-        return "the implicit GEMM takes images of fewer than 2^30 numbers"
+    shapes = (input.shape, op.output_shape(input, weight, stride, padding, dilation))
+    if len(input) >= 2**28 or any(math.prod(shape[1:]) >= 2**30 for shape in shapes):
+        return "the implicit GEMM takes fewer than 2^28 images, of fewer than 2^30 numbers"
     if stride[0] * stride[1] > 16:
         return "the implicit GEMM's input gradient takes a launch for each of stride x stride positions"
     return None
@@ -53,8 +61,11 @@ def choose(input, weight, stride, padding, dilation, groups, *, backward=False, 
     if forced == "cudnn":
         return "cudnn", "asked for"
     if direct.cannot(input, weight, stride, padding, dilation, groups) is None:
-        return "direct", "few input channels"
-    if reason := cannot_gemm(input, weight, stride, groups):
+        more = weight[0].numel() - weight[0, 0].numel()
+        if more <= FEW_MORE or _exact(input) or forced == "own":
+            return "direct", "few input channels"
+        return "cudnn", "few input channels, but so many taps that cuDNN's faster arithmetic outweighs its passes"
+    if reason := cannot_gemm(input, weight, stride, padding, dilation, groups):
         return "cudnn", reason
     if forced == "own":
         return "implicit_gemm", "asked for"
@@ -89,7 +100,7 @@ class Plan(NamedTuple):
         if self._is_measured() and self._measurement() not in _measured:
             with torch.cuda.device_of(next(x for x in self.key if isinstance(x, torch.Tensor))):
                 if not torch.cuda.is_current_stream_capturing():
-                    fastest = min(self.candidates, key=lambda name: _seconds(self.candidates[name]))
+                    fastest = min(self.candidates, key=lambda name: seconds(self.candidates[name]))
                     _measured[self._measurement()] = fastest
         return self.candidates[self.choice()[0]]()
 
@@ -97,7 +108,7 @@ class Plan(NamedTuple):
         return ", ".join(self.choice())
 
     def _is_measured(self) -> bool:
-        return AUTOTUNE and not forced and self.rule[0] != "direct" and len(self.candidates) > 1
+        return (AUTOTUNE or torch.backends.cudnn.benchmark) and not forced and len(self.candidates) > 1
 
     def _measurement(self) -> Hashable:
         def hashable(x):
@@ -108,7 +119,7 @@ class Plan(NamedTuple):
         return (*map(hashable, self.key), torch.backends.cudnn.conv.fp32_precision)
 
 
-def _seconds(run: Callable, repetitions: int = 10) -> float:
+def seconds(run: Callable, repetitions: int = 10) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()  # chooses among cuDNN's own algorithms
     begin.record()
@@ -250,14 +261,14 @@ def plan(*args) -> Plan:
         return out
 
     candidates = {"cudnn": lambda: _cudnn(*args, op.alloc(*args))}
-    if rule[0] == "direct":
+    if not direct.cannot(input, weight, *args[3:]):
         candidates["direct"] = lambda: filled(direct.forward)
-    elif not cannot_gemm(input, weight, stride, groups):
+    if not cannot_gemm(input, weight, *args[3:]):
         candidates["implicit_gemm"] = lambda: filled(gemm, dilation)
     return Plan(candidates, rule, args)
 
 
-def _plan_backward(grad, input, weight, output, stride, padding, dilation, groups, needed) -> Plan:
+def plan_backward(grad, input, weight, output, stride, padding, dilation, groups, needed) -> Plan:
     options = (stride, padding, dilation, groups)
     rule = choose(input, weight, *options, backward=True)
 
@@ -268,9 +279,9 @@ def _plan_backward(grad, input, weight, output, stride, padding, dilation, group
         return direct.backward(grad, output, input, weight, stride, padding, needed, masked)
 
     candidates = {"cudnn": lambda: _cudnn_backward(grad, input, weight, output, options, needed)}
-    if rule[0] == "direct":
+    if not direct.cannot(input, weight, *options):
         candidates["direct"] = by_direct
-    elif not cannot_gemm(input, weight, stride, groups):
+    if not cannot_gemm(input, weight, *options):
         candidates["implicit_gemm"] = lambda: gemm_backward(grad, input, weight, output, *options[:3], needed)
     return Plan(candidates, rule, ("backward", grad, input, weight, *options, tuple(needed)))
 
@@ -280,6 +291,6 @@ def forward(*args):
     return plan(*args).run()
 
 
-@kernel("conv2d_relu_backward", "cuda", how=lambda *args: _plan_backward(*args).how())
+@kernel("conv2d_relu_backward", "cuda", how=lambda *args: plan_backward(*args).how())
 def backward(*args):
-    return _plan_backward(*args).run()
+    return plan_backward(*args).run()

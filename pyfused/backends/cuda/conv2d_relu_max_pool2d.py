@@ -87,11 +87,11 @@ def _plan_backward(
         return relu.gemm_backward(given, input, weight, saved, *options[:3], needed)
 
     candidates = {"cudnn": by_cudnn}
-    if rule[0] == "direct" and inside:
+    if inside and not direct.cannot(input, weight, *options):
         candidates["direct"] = by_direct
     elif rule[0] == "direct":
         rule = "cudnn", "the direct kernels take codes of 2x2 windows only"
-    elif not relu.cannot_gemm(input, weight, stride, groups):
+    if not relu.cannot_gemm(input, weight, *options):
         candidates["implicit_gemm"] = by_gemm
     key = ("pool backward", grad, input, weight, *options, pool_size, pool_stride, tuple(needed))
     return relu.Plan(candidates, rule, key)

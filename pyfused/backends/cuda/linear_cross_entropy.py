@@ -1,4 +1,11 @@
-"""linear_cross_entropy on CUDA: cuBLAS for the products, cross_entropy's kernels on chunks of logits between."""
+"""linear_cross_entropy on CUDA: cuBLAS for the products, cross_entropy's kernels on chunks of logits between.
+
+Flops    2 N V D, in training 6 N V D: N = 8192, V = 128256, D = 2048, bfloat16: 12.9 Tflop, 16 ms at the 790 Tflop/s at
+         which an H200 multiplies.
+Traffic  the logits are written, read and, in training, read again, overwritten by their gradient and read twice: 2.1 GB
+         each time, 12.6 GB, 2.9 ms at 4.3 TB/s; the weight and its float32 gradient once a chunk, see `_chunk`: 8
+         chunks of 2.6 GB, 4.9 ms, most of it behind the products, which are the floor. Not measured.
+"""
 
 from ... import _C
 from ...dispatch import kernel
