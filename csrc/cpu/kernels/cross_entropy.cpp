@@ -25,7 +25,6 @@
 //         is not ignore_index stops the kernel before anything is written. grad_input may be the input itself.
 #include "cpu/kernels/cross_entropy.h"
 
-#include <limits>
 #include <type_traits>
 
 #include "cpu/kernels.h"
@@ -89,7 +88,7 @@ PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int6
     C found = maximum(z + begin, end - begin);
     if constexpr (Capped) found = (o.softcap * tanh<C>(splat(found) / o.softcap))[0];
     if (begin == 0 || found > top) {
-      const C raised = max(found, -std::numeric_limits<C>::max());
+      const C raised = max<C>(found, -(sizeof(C) == 4 ? __FLT_MAX__ : __DBL_MAX__));
       if (begin > 0) {
         others *= exp(splat(base - raised));
         spread += mass * (raised - base);
