@@ -14,6 +14,8 @@ import pytest
 import torch
 from processes import python
 
+import pyfused
+
 TESTS = Path(__file__).parent
 # Some of what is no case: NaN and infinities, ties, some gradients only, a setting or two of each optimizer.
 MORE = [
@@ -94,6 +96,37 @@ def test_convolutions_are_measured_anew_for_what_changes_their_time(monkeypatch)
     keys = {conv2d_relu._key("name", x, weight, (1, 1)) for x in inputs}
     monkeypatch.setattr(conv2d_relu, "_precision", lambda dtype: "tf32")
     assert len({*keys, conv2d_relu._key("name", x, weight, (1, 1))}) == 5
+
+
+BACKEND = Path(pyfused.__file__).parent / "backends" / "triton"
+WAITS = re.compile(r"\.(?:item|tolist|cpu|numpy|nonzero|data_ptr|synchronize)\(")
+
+
+def test_what_waits_for_the_gpu():
+    """The errors, when asked for; of sparse gradients how many rows they have, which PyTorch wants as a shape."""
+    found = {(path.name, line.strip()) for path in BACKEND.glob("*.py") for line in path.read_text().splitlines()
+             if WAITS.search(line)}  # fmt: skip
+    assert found == {
+        ("common.py", "torch.cuda.synchronize(device)"),
+        ("common.py", "found, argument, position, value, limit = errors.tolist()"),
+        ("embedding_dot.py", "count = (rank[-1] + (key[-1] < rows)).item()"),
+    }
+
+
+def test_heads_of_kernels_say_their_bytes_and_their_floor():
+    pages = {path: path.read_text() for path in BACKEND.glob("*.py")}
+    of_kernels = {path.stem: text.split('"""')[1] for path, text in pages.items() if "_kernel(" in text}
+    assert len(of_kernels) >= 5
+    for name, head in of_kernels.items():
+        assert re.search(r"^Bytes (.|\n)*floor", head, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 100, 1000])
+def test_programs_take_several_rows_of_few_classes(classes):
+    page = pytest.importorskip("pyfused.backends.triton.cross_entropy")
+    for forward in (True, False):
+        rows, block, _ = page.tiles((1, classes, 65536), (0, 1, classes), 4, forward)[0]
+        assert block >= classes and rows * block >= min(128 * block, 2048)
 
 
 BROKEN = {"not importable": "", "another version": "import torch._dynamo, triton; del triton.jit; "}

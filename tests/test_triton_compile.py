@@ -64,11 +64,9 @@ def test_every_kernel_compiles_for_every_target(kernels):
 
 
 def test_nothing_spills_and_everything_can_be_launched(kernels):
-    """For a step more of occupancy ptxas may give up a few numbers of a product; never for want of registers. AMD's
-    scalars are spilled to the lanes of a vector register, of which there are 64."""
+    """AMD's scalars are spilled to the lanes of a vector register, of which there are 64."""
     for k in kernels:
-        allowed = 16 if k["file"] == "conv2d" and k["registers"] <= 128 else 0
-        assert k["spilled"] <= allowed, f"{name(k)} spills: {k['spilled']} bytes, with {k['registers']} registers"
+        assert k["spilled"] == 0, f"{name(k)} spills: {k['spilled']} bytes, with {k['registers']} registers"
         assert k.get("scalars_spilled", 0) <= 64, name(k)
         assert k["shared"] <= SHARED_MEMORY[k["target"]], f"{name(k)}: {k['shared']} bytes of shared memory"
         assert k["target"] == "gfx942" or 32 * k["warps"] * k["registers"] <= 65536, name(k)

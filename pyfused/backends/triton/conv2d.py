@@ -27,6 +27,7 @@ import triton.language as tl
 from ...ops import conv2d_relu_max_pool2d as pool_op
 
 DEAD = tl.constexpr(pool_op.DEAD)
+NOWHERE = tl.constexpr(-(1 << 30))  # the row of a pixel past the end: no tap brings it into the image
 
 
 @triton.jit
@@ -38,8 +39,14 @@ def _pixels(first, j, rows, columns):
 
 
 @triton.jit
+def _within(i, n):
+    """0 <= i < n, in one comparison."""
+    return i.to(tl.uint32, bitcast=True) < n
+
+
+@triton.jit
 def _offsets(strides, n, y, x):
-    return n * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
+    return n.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
 
 
 @triton.jit
@@ -60,12 +67,12 @@ def _depth(step, channels, taps, kernel_columns, BLOCK: tl.constexpr, FLAT: tl.c
 
 
 @triton.jit
-def _image(input, strides, n, y, x, dy, dx, c, ok, inside, rows, columns):
+def _image(input, strides, n, y, x, dy, dx, c, inside, rows, columns):
     """Input at the pixels (y + dy, x + dx), 0 outside of the image: [pixels, columns of the weight]."""
     at = input + _offsets(strides, n, y, x)
     to = dy.to(tl.int64) * strides[2] + dx.to(tl.int64) * strides[3] + c.to(tl.int64) * strides[1]
     y, x = y[:, None] + dy[None, :], x[:, None] + dx[None, :]
-    valid = (ok[:, None] & inside[None, :]) & ((y >= 0) & (y < rows)) & ((x >= 0) & (x < columns))
+    valid = inside[None, :] & _within(y, rows) & _within(x, columns)
     return tl.load(at[:, None] + to[None, :], mask=valid, other=0.0)
 
 
@@ -90,7 +97,7 @@ def _gradient(grad, saved, n, y, x, c, ok, inside, rows, columns, g_strides, s_s
         for i in range(((POOL[0] - 1) // POOL[2] + 1) * ACROSS):
             wy, wx = y // POOL[2] - i // ACROSS, x // POOL[3] - i % ACROSS
             ry, rx = y - wy * POOL[2], x - wx * POOL[3]
-            met = ok & (ry < POOL[0]) & (rx < POOL[1]) & (wy >= 0) & (wy < rows) & (wx >= 0) & (wx < columns)
+            met = ok & (ry < POOL[0]) & (rx < POOL[1]) & _within(wy, rows) & _within(wx, columns)
             valid = met[:, None] & inside[None, :]
             s_at = saved + _offsets(s_strides, n, wy, wx)[:, None] + c[None, :] * s_strides[1]
             s = tl.load(s_at, mask=valid, other=DEAD).to(tl.int32)
@@ -125,13 +132,13 @@ def _forward_kernel(
     best, place_of = tl.zeros((PIXELS, OUTPUTS), DTYPE), tl.full((PIXELS, OUTPUTS), DEAD, tl.int32)
     steps = tl.cdiv(taps * channels, DEPTH) if FLAT else taps * tl.cdiv(channels, DEPTH)
     for place in range(POOL[0] * POOL[1]):
-        iy = (y * POOL[2] + place // POOL[1]) * stride[0] - padding[0]
+        iy = tl.where(ok, (y * POOL[2] + place // POOL[1]) * stride[0] - padding[0], NOWHERE)
         ix = (x * POOL[3] + place % POOL[1]) * stride[1] - padding[1]
         acc = tl.zeros((PIXELS, OUTPUTS), DTYPE)
         for step in range(steps):
             ky, kx, c, k, inside = _depth(step, channels, taps, kernel_columns, DEPTH, FLAT)
             dy, dx = ky * dilation[0], kx * dilation[1]
-            a = _image(input, i_strides, n, iy, ix, dy, dx, c, ok, inside, rows, columns)
+            a = _image(input, i_strides, n, iy, ix, dy, dx, c, inside, rows, columns)
             w_at = weight + co[None, :].to(tl.int64) * (taps * channels) + k[:, None]
             w = tl.load(w_at, mask=inside[:, None] & here[None, :], other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=DTYPE)
@@ -166,23 +173,30 @@ def _backward_input_kernel(
     first_x = (residue_x + (stride[1] - padding[1] % stride[1])) % stride[1]
     blocks = tl.cdiv(channels, CHANNELS)
     first = (tl.program_id(0) // blocks).to(tl.int64) * PIXELS
-    n, y, x = _pixels(first, tl.arange(0, PIXELS), tl.cdiv(rows, stride[0]), tl.cdiv(columns, stride[1]))
+    some_rows, some_columns = tl.cdiv(rows, stride[0]), tl.cdiv(columns, stride[1])
+    n, y, x = _pixels(first, tl.arange(0, PIXELS), some_rows, some_columns)
+    image = first // some_columns // some_rows
+    n = (n - image).to(tl.int32)  # counted from the first pixel's image: a register less for each pixel
+    grad_input, grad = grad_input + image * i_strides[0], grad + image * g_strides[0]
+    if saved is not None:
+        saved += image * s_strides[0]
     iy, ix = first_y + y * stride[0], first_x + x * stride[1]
-    ok = (n < images) & (iy < rows) & (ix < columns)
+    ok = (n < images - image) & (iy < rows) & (ix < columns)
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     here = c < channels
     ky_first = _first_tap(residue_y, stride[0], dilation[0], kernel_rows, tap_step[0])
     kx_first = _first_tap(residue_x, stride[1], dilation[1], kernel_columns, tap_step[1])
     ky_count, kx_count = tl.cdiv(kernel_rows - ky_first, tap_step[0]), tl.cdiv(kernel_columns - kx_first, tap_step[1])
     depth_blocks = tl.cdiv(outputs, DEPTH)
-    y, x = (iy + padding[0] - residue_y) // stride[0], (ix + padding[1] - residue_x) // stride[1]
+    y = tl.where(ok, (iy + padding[0] - residue_y) // stride[0], NOWHERE)
+    x = (ix + padding[1] - residue_x) // stride[1]
     acc = tl.zeros((PIXELS, CHANNELS), DTYPE)
     for step in range(ky_count * kx_count * depth_blocks):
         tap = step // depth_blocks
         ky, kx = ky_first + tap // kx_count * tap_step[0], kx_first + tap % kx_count * tap_step[1]
         oy, ox = y - ky * dilation[0] // stride[0], x - kx * dilation[1] // stride[1]
         co = step % depth_blocks * DEPTH + tl.arange(0, DEPTH)
-        met = ok & (oy >= 0) & (oy < out_rows) & (ox >= 0) & (ox < out_columns)
+        met = _within(oy, out_rows) & _within(ox, out_columns)
         g = _gradient(
             grad, saved, n, oy, ox, co, met, co < outputs, grad_rows, grad_columns, g_strides, s_strides, POOL
         )
@@ -203,18 +217,19 @@ def _backward_weight_kernel(
     DTYPE: tl.constexpr = partial.dtype.element_ty
     blocks = tl.cdiv(taps * channels, DEPTH) if FLAT else taps * tl.cdiv(channels, DEPTH)
     ky, kx, c, k, inside = _depth(tl.program_id(0) % blocks, channels, taps, kernel_columns, DEPTH, FLAT)
-    dy, dx = ky * dilation[0], kx * dilation[1]
+    dy, dx = ky * dilation[0] - padding[0], kx * dilation[1] - padding[1]
     co = tl.program_id(0) // blocks * OUTPUTS + tl.arange(0, OUTPUTS)
     here = co < outputs
     begin = tl.program_id(1).to(tl.int64) * chunk
+    left = tl.minimum(pixels - begin, chunk).to(tl.int32)
     acc, bias = tl.zeros((OUTPUTS, DEPTH), DTYPE), tl.zeros((OUTPUTS,), DTYPE)
     for start in range(0, chunk, PIXELS):
         j = start + tl.arange(0, PIXELS)
         n, y, x = _pixels(begin, j, out_rows, out_columns)
-        ok = begin + j < pixels
+        ok = j < left
         g = _gradient(grad, saved, n, y, x, co, ok, here, grad_rows, grad_columns, g_strides, s_strides, POOL)
-        iy, ix = y * stride[0] - padding[0], x * stride[1] - padding[1]
-        a = _image(input, i_strides, n, iy, ix, dy, dx, c, ok, inside, rows, columns)
+        iy, ix = tl.where(ok, y * stride[0], NOWHERE), x * stride[1]
+        a = _image(input, i_strides, n, iy, ix, dy, dx, c, inside, rows, columns)
         acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION, out_dtype=DTYPE)
         bias += tl.sum(g.to(DTYPE), 0)
     row = tl.program_id(1).to(tl.int64) * outputs + co

@@ -9,8 +9,9 @@ Backward  of one table. Occurrences are sorted by id (torch.sort, stable), so ea
           No atomics, each sum in a fixed order and in float32 (float64): the same bits every time.
 Bytes     of backward, n occurrences: n (D + 1) elements gathered, the rows that occur written once (dense: the whole
           table, zeroed first), ids 12 n and what sorting them takes. 65,536 x 64 float32: 17 MB gathered, 5 us on an
-          H100; the sort and the launches take longer. _key: 12 n bytes, an id in and a key out. _join: of each piece
-          of a run longer than a chunk its D + 1 sums, at most 2 n / CHUNK of them, a 64th of the gathered bytes.
+          H100, the floor; the sort and the launches take longer. _key: 12 n bytes, an id in and a key out. _join: of
+          each piece of a run longer than a chunk its D + 1 sums, at most 2 n / CHUNK of them, a 64th of the gathered
+          bytes.
 Edges     Ids that are no row, and padding, get the key `rows`: sorted last, no gradient. A score of a bad id is NaN.
 Update    embedding_dot_update.py takes an optimizer's step on a row where its gradient would be written.
 Sparse    How many rows occur is known on the device only, and PyTorch wants it as a shape: one wait, after all work
