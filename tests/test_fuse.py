@@ -158,7 +158,7 @@ def test_nothing_is_timed_twice(monkeypatch):
         ("get_num_threads", torch, lambda: 99),
         ("_forced", pyfused.dispatch, "reference"),
         ("is_autocast_enabled", torch, lambda device: device == "cuda"),
-        ("benchmark", torch.backends.cudnn, True),
+        ("benchmark", type(torch.backends.cudnn), True),  # not of the module: its flags may be frozen
         ("conv", torch.backends.cudnn, SimpleNamespace(fp32_precision="tf32")),
         ("matmul", torch.backends.cuda, SimpleNamespace(fp32_precision="tf32")),
     ],
