@@ -5,7 +5,8 @@
 // Layout  input, out, gradients: torch channels_last (NHWC memory). The weight is transformed first, once per weight:
 //         U[K][⌈O/16⌉][C][16], K = 36 or 25, so U has K · C · round_up(O, 16) floats, the same on every instruction set.
 // Tiles   a thread takes blocks of T tiles: patches to V[K][T][C]; then, for 64 output channels at a time, K products
-//         V[k] · U[k] to M[K][T][64] and back to pixels. T is such that V takes half of an L2 cache or less.
+//         V[k] · U[k] to M[K][T][64] and back to pixels. T is such that V takes half of an L2 cache or less. Where U is
+//         larger than that, other schedules: conv2d_winograd_convolve.h.
 // Flops   2.25 (2.8) multiply-adds per output, input channel and output channel instead of 9; the transforms take 15 to 30%
 //         of the time at 64 channels. An incomplete tile costs as much as a whole one.
 // Traffic reads input 2.25 times (mostly from cache) and U once per block, writes out once.
