@@ -324,11 +324,11 @@ CROSS_ENTROPY: list[Case] = [
         cross_entropy_case(
             f"classes_{c}", "rows and classes around 4, 8 and 16 lanes; gathered below 40 classes", (19, c)
         )
-        for c in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 39)
+        for c in (1, 2, 3, 7, 8, 9, 15, 16, 17, 19, 20, 31, 33, 39)
     ],
     *[
         cross_entropy_case(f"classes_{c}", "vectors along the classes: with and without an overlapping tail", (5, c))
-        for c in (40, 47, 48, 49, 63, 64, 65, 1000, 1025)
+        for c in (40, 47, 48, 49, 63, 64, 65, 99, 100, 199, 200, 1000, 1025)
     ],
     cross_entropy_case(
         "many_rows", "several chunks, so several threads; a group that is not full at the end", (9001, 10)
@@ -360,7 +360,7 @@ CROSS_ENTROPY: list[Case] = [
     cross_entropy_case("sliced", "gaps between the rows", (9, 57), "sliced", reduction="none"),
     cross_entropy_case("sliced_few", "gaps between the rows, gathered", (9, 10), "sliced"),
     cross_entropy_case("ignored", "an ignored row; the mean must not count it", ignored=-100),
-    cross_entropy_case("ignored_none", "loss 0 of an ignored row", (6, 50), ignored=-100, reduction="none"),
+    cross_entropy_case("ignored_none", "loss 0 of an ignored row", (6, 210), ignored=-100, reduction="none"),
     cross_entropy_case(
         "ignored_first",
         "whose upstream gradient scaled every row elsewhere",
@@ -381,7 +381,7 @@ CROSS_ENTROPY: list[Case] = [
         )
         for name, why, shape, options in (
             ("tile", "mean NaN, gradients 0", (6, 5), {}),
-            ("rows", "mean NaN, gradients 0", (6, 50), {}),
+            ("rows", "mean NaN, gradients 0", (6, 210), {}),
             ("image", "mean NaN, gradients 0", (2, 5, 4), {"label_smoothing": 0.1}),
             ("sum", "0", (6, 50), {"reduction": "sum"}),
         )
@@ -395,7 +395,7 @@ CROSS_ENTROPY: list[Case] = [
             reduction="none",
             dtypes=NOT_FLOAT64,
         )
-        for path, shape in (("tile", (19, 11)), ("rows", (7, 49)), ("image", (2, 5, 4)))
+        for path, shape in (("tile", (19, 11)), ("rows", (7, 49)), ("long", (7, 209)), ("image", (2, 5, 4)))
     ],
     cross_entropy_case("ignore_index_0", "a valid class as ignore_index", ignored=0, ignore_index=0),
     cross_entropy_case("ignore_index_large", "ignore_index above the classes", (6, 50), ignored=255, ignore_index=255),
@@ -407,7 +407,7 @@ CROSS_ENTROPY: list[Case] = [
         cross_entropy_case(
             f"smoothing_{name}", f"label smoothing, {why}", shape, label_smoothing=0.1, ignored=-100, **options
         )
-        for shape, path in (((19, 11), "tile"), ((7, 49), "rows"))
+        for shape, path in (((19, 11), "tile"), ((7, 49), "rows"), ((5, 209), "long"))
         for name, why, options in (
             (f"{path}", "mean", {}),
             (f"{path}_weight", "class weights", {"weight": True}),
@@ -419,8 +419,8 @@ CROSS_ENTROPY: list[Case] = [
         cross_entropy_case(f"probabilities_{name}", why, shape, probabilities=True, **options)
         for name, why, shape, options in (
             ("tile", "soft targets, gathered", (19, 11), {}),
-            ("rows", "soft targets along the classes", (7, 49), {}),
-            ("weight", "and class weights: the mean divides by the rows", (7, 49), {"weight": True}),
+            ("rows", "soft targets along the classes", (7, 109), {}),
+            ("weight", "and class weights: the mean divides by the rows", (7, 109), {"weight": True}),
             ("smoothing", "and smoothing", (19, 11), {"weight": True, "label_smoothing": 0.2}),
             ("image", "soft targets in (N, C, H, W)", (2, 5, 3, 7), {"reduction": "none"}),
             ("no_batch", "soft target (C,)", (5,), {}),
@@ -431,7 +431,7 @@ CROSS_ENTROPY: list[Case] = [
     ),
     *[
         cross_entropy_case(f"{name}_{path}", why, shape, ignored=-100, **options)
-        for shape, path in (((19, 11), "tile"), ((7, 49), "rows"))
+        for shape, path in (((19, 11), "tile"), ((7, 49), "rows"), ((5, 209), "long"))
         for name, why, options in (
             ("z_loss", "penalty on lse", {"z_loss": 0.01}),
             ("z_loss_weight", "the penalty takes the label's class weight", {"z_loss": 0.1, "weight": True}),
@@ -446,7 +446,7 @@ CROSS_ENTROPY: list[Case] = [
     ],
     *[
         cross_entropy_case(f"masked_{name}_{path}", why, (9, c), edit=block(value, rows, classes), reduction="none")
-        for c, path in ((17, "tile"), (130, "rows"))
+        for c, path in ((17, "tile"), (210, "rows"))
         for name, why, value, rows, classes in (
             ("first", "-inf in the first 16 classes of a row: NaN elsewhere", -torch.inf, 0, slice(0, 16)),
             ("last", "-inf in the last classes", -torch.inf, 0, slice(c - 9, None)),

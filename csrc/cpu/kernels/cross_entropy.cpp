@@ -6,11 +6,12 @@
 //   loss   = ∑_r loss_r (sum), / total (mean; total = ∑_r w_t of rows not ignored, R for soft), or every loss_r (none)
 //   dz_c   = exp(z_c - lse) A - (what of the target falls on c),    A = ∑ of the target + 2 w_t z_loss lse + grad_lse
 //
-// Layout  input [R, C] or [N, C, P] (R = N·P) with any strides. Rows with adjacent classes, 40 or more, are read as
-//         they lie, vectors along the classes. All others (few classes, class dimension not innermost) are gathered, as
-//         many rows as a vector has lanes, into a C x lanes tile, vectors across the rows: no permuted copy, no tails.
-//         Adjacent classes come into the tile and out of it by transposing blocks of lanes x lanes in registers, 4
-//         shuffles for 16 numbers; one number at a time they took as long as the exponentials.
+// Layout  input [R, C] or [N, C, P] (R = N·P) with any strides. Rows with adjacent classes, 40 or more (200 float32 in the
+//         forward), are read as they lie, vectors along the classes. All others (few classes, class dimension not
+//         innermost) are gathered, as many rows as a vector has lanes, into a C x lanes tile, vectors across the rows:
+//         no permuted copy, no tails. Adjacent classes come into the tile and out of it by transposing blocks of
+//         lanes x lanes in registers, 4 shuffles for 16 numbers; one number at a time they took as long as the
+//         exponentials.
 // Traffic of the logits: forward reads them once from memory, a block of a row at a time (maximum, then sum, out of the
 //         L1 cache, while the next block is fetched), backward reads and writes once; so 3 R C elements in all, which is
 //         the floor while backward is a pass of its own. Arithmetic: one exp per element each way, about 15 vector
@@ -53,17 +54,16 @@ struct Sums {
   Vec<C> spread{}, mass{};             // ∑ u (top - z) and ∑ u
 };
 
-// The maximum of z[0], ..., z[n - 1], n >= lanes. The last vector overlaps the one before it: no scalar tail.
+// Lane by lane, the maximum of so many vectors that lie one behind the other. One running maximum would wait for itself.
 template <class T, class C = compute_t<T>>
-PYFUSED_INLINE C maximum(const T* z, int64_t n) {
-  constexpr int64_t width = lanes<C>;
-  const Vec<C> last = load(z + n - width);
-  Vec<C> tops[4] = {last, last, last, last};
-  int64_t c = 0;
-  for (; c + 4 * width <= n; c += 4 * width)
-    for (int k = 0; k < 4; ++k) tops[k] = max<Vec<C>>(load(z + c + k * width), tops[k]);
-  for (; c < n - width; c += width) tops[0] = max<Vec<C>>(load(z + c), tops[0]);
-  return reduce_max<C>(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+PYFUSED_INLINE Vec<C> maxima(const T* z, int64_t vectors) {
+  const Vec<C> least = splat(-C(__builtin_inf()));
+  Vec<C> tops[4] = {least, least, least, least};
+  int64_t i = 0;
+  for (; i + 4 <= vectors; i += 4)
+    for (int k = 0; k < 4; ++k) tops[k] = max<Vec<C>>(load(z + (i + k) * lanes<C>), tops[k]);
+  for (; i < vectors; ++i) tops[0] = max<Vec<C>>(load(z + i * lanes<C>), tops[0]);
+  return max(max(tops[0], tops[1]), max(tops[2], tops[3]));
 }
 
 // Block by block, because the whole row's maximum is known only once all of it has been read: what was summed before a
@@ -85,7 +85,8 @@ PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int6
   };
   for (int64_t begin = 0, end; begin < o.classes; begin = end) {
     end = o.classes - begin < 2 * kBlock ? o.classes : begin + kBlock;  // no block is shorter than a vector
-    C found = maximum(z + begin, end - begin);
+    // No scalar tail: a last vector overlaps the one before it.
+    C found = reduce_max<C>(max(maxima(z + begin, (end - begin) / width), load(z + end - width)));
     if constexpr (Capped) found = (o.softcap * tanh<C>(splat(found) / o.softcap))[0];
     if (begin == 0 || found > top) {
       const C raised = max<C>(found, -(sizeof(C) == 4 ? __FLT_MAX__ : __DBL_MAX__));
@@ -114,14 +115,24 @@ PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int6
 }
 
 template <Target K, bool Capped, class C>
-PYFUSED_INLINE void reduce_tile(const Options<C>& o, const C* z, const C* y, Mask<C> label, Sums<C>& out) {
+PYFUSED_INLINE void reduce_tile(const Options<C>& o, C* z, const C* y, Mask<C> label, Sums<C>& out) {
   constexpr int64_t width = lanes<C>;
-  Vec<C> top = splat(-C(__builtin_inf()));
-  for (int64_t c = 0; c < o.classes; ++c) top = max<Vec<C>>(load(z + c * width), top);
+  constexpr bool hidden = K == hard && !Capped;
+  Vec<C> top = maxima(z, o.classes);
   if constexpr (Capped) top = o.softcap * tanh<C>(top / o.softcap);
   out.top = top;
+  for (int l = 0; hidden && l < width; ++l) {  // a label whose logit is -inf need not be told from the others below
+    if (label[l] < 0) continue;
+    C& at = z[label[l] * width + l];
+    out.at_label[l] = at;
+    at = -C(__builtin_inf());
+  }
   for (int64_t c = 0; c < o.classes; ++c) {
     Vec<C> x = logits<Capped>(z + c * width, o.softcap), e = exp(x - top);
+    if constexpr (hidden) {
+      out.others += e;
+      continue;
+    }
     Mask<C> mine = label == static_cast<int>(c);
     out.others += mine ? Vec<C>{} : e;
     out.at_label = mine ? x : out.at_label;
@@ -387,7 +398,7 @@ Status cross_entropy(View loss, View lse, View stats, View total, View input, Vi
   return for_dtype(input.dtype, [&](auto type) {
     using T = decltype(type);
     Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss, softcap);
-    o.by_row = o.by_row && o.classes >= kByRowForward<compute_t<T>>;
+    o.by_row = o.by_row && o.classes >= (o.labels ? kByRowForward<compute_t<T>> : kByRowForwardSoft<compute_t<T>>);
     if (Status s = o.check_labels(); s.code != Status::ok) return s;
     return specialize<T>(target, label_smoothing, softcap, [&](auto kind, auto capped, auto t, auto u) {
       return forward<kind(), capped(), decltype(t), decltype(u)>(loss, lse, total, input, target, o, threads);

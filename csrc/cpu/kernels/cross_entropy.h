@@ -12,10 +12,12 @@ namespace {
 enum Target { hard, smooth, soft };  // hard: labels, no smoothing; smooth: labels and ε > 0; soft: probabilities
 enum Reduction { none, mean, sum };
 // From this many adjacent classes on, tails and sums over lanes cost less than gathering; in the forward, which has two
-// such sums a row, from more on.
+// such sums a row, from more on, of bytes in labelled rows, of vectors where probabilities are gathered as well.
 constexpr int64_t kByRow = 40;
 template <class C>
-constexpr int64_t kByRowForward = max<int64_t>(kByRow, 6 * lanes<C>);
+constexpr int64_t kByRowForward = 800 / sizeof(C);
+template <class C>
+constexpr int64_t kByRowForwardSoft = max<int64_t>(kByRow, 6 * lanes<C>);
 
 template <class C>
 struct Options {  // what both directions share; C is float or double
@@ -42,8 +44,8 @@ struct Options {  // what both directions share; C is float or double
         reduction(reduce),
         by_row(classes >= kByRow && input.strides[1] == 1 && (labels || target.strides[1] == 1)),
         stats(saved.as<C>()) {
-    double total = 0;
-    for (int64_t c = 0; c < classes; ++c) total += weight_of(c);
+    double total = weight ? 0 : classes;
+    for (int64_t c = 0; weight && c < classes; ++c) total += weight[c];
     weight_sum = total;
   }
   PYFUSED_INLINE C weight_of(int64_t c) const { return weight ? weight[c] : C(1); }
@@ -83,9 +85,13 @@ struct Options {  // what both directions share; C is float or double
     return w;
   }
   Status check_labels() const {
-    for (int64_t r = 0; labels && r < rows; ++r)
-      if (static_cast<uint64_t>(labels[r]) >= static_cast<uint64_t>(classes) && labels[r] != ignore_index)
-        return out_of_range("target", r, labels[r], classes);
+    auto wrong = [&](int64_t label) {
+      return (static_cast<uint64_t>(label) >= static_cast<uint64_t>(classes)) & (label != ignore_index);
+    };
+    int64_t count = 0;  // of all, which takes vectors and less time than to stop at the first
+    for (int64_t r = 0; labels && r < rows; ++r) count += wrong(labels[r]);
+    for (int64_t r = 0; count && r < rows; ++r)
+      if (wrong(labels[r])) return out_of_range("target", r, labels[r], classes);
     return {};
   }
 };
@@ -152,6 +158,11 @@ struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
         transpose<C>(v);
         for (int64_t k = 0; k < count; ++k) store(tile + (c + k) * width, v[k]);
       });
+      for (int64_t c = classes - few(); c < classes; ++c) {
+        T column[width];
+        for (int64_t l = 0; l < width; ++l) column[l] = p[l * inner_stride + c];
+        store(tile + c * width, load(column));
+      }
       return;
     }
     for (int64_t l = 0; l < width; ++l) {
@@ -169,6 +180,11 @@ struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
         // In this order: what a row writes behind its end, the next ones overwrite.
         for (int64_t l = 0; l < width; ++l) store_first(p + l * inner_stride + c, v[l], reach(l));
       });
+      for (int64_t c = classes - few(); c < classes; ++c) {
+        T column[width];
+        store(column, load(tile + c * width));
+        for (int64_t l = 0; l < width; ++l) p[l * inner_stride + c] = column[l];
+      }
       return;
     }
     for (int64_t l = 0; l < n; ++l) {
@@ -178,11 +194,16 @@ struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
   }
 
  private:
-  // Blocks of `width` classes; the last one overlaps the one before it, or is all there are.
+  // Blocks of `width` classes, but for the `few` last; the last block overlaps the one before it, or is all there are.
   template <class Body>
   PYFUSED_INLINE void for_blocks(const Body& body) const {
     if (classes < width) return body(int64_t{0}, classes);
-    for (int64_t c = 0; c < classes; c += width) body(min(c, classes - width), width);
+    for (int64_t c = 0; c < classes - few(); c += width) body(min(c, classes - width), width);
+  }
+  // Classes behind the last whole block that are too few for one: 16 numbers moved singly cost a fourth of its shuffles.
+  PYFUSED_INLINE int64_t few() const {
+    const int64_t left = classes % width;
+    return classes > width && left < width / 4 ? left : 0;
   }
   // How much of a vector from the start of row l of a group on lies in the group.
   PYFUSED_INLINE int64_t reach(int64_t l) const { return classes >= width ? width : min(width, (width - l) * classes); }
