@@ -40,14 +40,14 @@ def define(schema: str, alloc: Callable, reference: Callable) -> Callable:
         _library.impl(name, run, key)
     torch.library.register_fake(f"pyfused::{name}", alloc, lib=_library)
     registered = getattr(torch.ops.pyfused, name).default
+    tensors = [i for i, a in enumerate(registered._schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
 
     def call(*args):
-        return dispatch.pick(name, args)(*args) if undisturbed(args) else registered(*args)
+        return dispatch.pick(name, args)(*args) if undisturbed([args[i] for i in tensors]) else registered(*args)
 
     return call
 
 
-_PLAIN = {*dispatch.PLAIN_TENSORS, type(None), bool, int, float, list, tuple}
 # Bound here: looked up through three modules, each takes a cache miss more.
 _is_compiling, _profiles = torch.compiler.is_compiling, torch._C._autograd._profiler_enabled
 _function_modes = torch._C._len_torch_function_stack
@@ -57,22 +57,16 @@ with torch.inference_mode():
     _PLAIN_THREAD.add(_thread_keys().raw_repr())
 
 
-def undisturbed(args: tuple) -> bool:
-    """Whether PyTorch's dispatcher, called with `args`, would go straight to the op's kernel for CPU or CUDA.
+def undisturbed(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether PyTorch's dispatcher, called with these, would go straight to the op's kernel for CPU or CUDA.
 
     Not so for what is only seen by going through it: torch.compile, fake, functional, batched (vmap), negated, traced
     and meta tensors, subclasses, modes of __torch_dispatch__ and __torch_function__, the profiler. Takes 1 us.
     """
-    if (
-        _is_compiling()
-        or not _PLAIN.issuperset(map(type, args))
-        or _thread_keys().raw_repr() not in _PLAIN_THREAD
-        or _function_modes()
-        or _profiles()
-    ):
+    if _is_compiling() or _thread_keys().raw_repr() not in _PLAIN_THREAD or _function_modes() or _profiles():
         return False
-    for a in args:  # noqa: SIM110  (a generator costs as much again, and so does isinstance for what is no tensor)
-        if type(a) in dispatch.PLAIN_TENSORS and (a.is_neg() or a.is_meta):
+    for x in tensors:
+        if x is not None and (type(x) not in dispatch.PLAIN_TENSORS or x.is_neg() or x.is_meta):
             return False
     return True
 

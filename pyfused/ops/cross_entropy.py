@@ -15,13 +15,14 @@ x is computed without the cancellation of p_t - 1, so that rows already classifi
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 
 from .. import dispatch
-from .._library import autocasts, define, differentiable_grads, is_transformed, needs_grad, reject
+from .._library import autocasts, by_signature, define, differentiable_grads, is_transformed, needs_grad, reject
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
@@ -164,7 +165,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Returns the loss, or with return_lse (loss, lse)."""
 
     @staticmethod
-    def forward(ctx, input, target, weight, return_lse, inplace, *options):
+    def forward(ctx, input, target, weight, return_lse, inplace, options):
         loss, lse, stats, total = _forward(input, target, weight, return_lse, *options)
         ctx.save_for_backward(input, target, weight, stats, total)
         ctx.options, ctx.inplace = options, inplace
@@ -173,7 +174,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, grad_lse=None):
         input, target, weight, stats, total = ctx.saved_tensors
-        none = (None,) * 9
+        none = (None,) * 5
         if torch.is_grad_enabled():
             return _differentiable(ctx, input, target, weight, grad_loss, grad_lse), *none
         args = (grad_loss, grad_lse, input, target, weight, stats, total, *ctx.options)
@@ -252,6 +253,17 @@ def _is_tiny(input) -> bool:
     return size < (TINY_TRAINING if needs_grad(input) else TINY) * threads or (rows <= 4 and size < TINY_FEW_ROWS)
 
 
+@by_signature
+def _way(threads, autocast, plain, input, target, weight, ignore_index, reduction) -> str | None:
+    """How a call on CPU tensors goes that is `plain`, without options which eager PyTorch lacks: to "eager" PyTorch or,
+    its arguments being right, to the "kernel". None for all others."""
+    if not plain or not is_native(input, target, weight) or input.dim() == 1:
+        return None
+    if problem(input, target, weight, ignore_index, reduction, 0.0, None):
+        return None
+    return "eager" if _is_tiny(input) else "kernel"
+
+
 def _check_inplace(input: torch.Tensor) -> None:
     base = input if input._base is None else input._base
     if base.is_leaf:
@@ -301,27 +313,30 @@ def cross_entropy(
         RuntimeError: inplace=True on a leaf that requires grad, or on an expanded tensor.
     """
     given = (input, target, weight, ignore_index, reduction, label_smoothing)
-    if dispatch.may_hand_over(input) and not (z_loss or softcap or return_lse or inplace) and _is_tiny(input):
-        try:
+    way = None
+    if dispatch.may_hand_over(input) and label_smoothing <= 1 and not is_transformed():
+        plain = not (z_loss or softcap or return_lse or inplace)
+        way = _way(torch.get_num_threads(), autocasts(input), plain, *given[:-1])
+    if way == "eager":
+        with contextlib.suppress(Exception):  # told again below, with the argument and its value
             return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-        except Exception:  # told again below, with the argument and its value
-            pass
-    if not is_native(input, target, weight) or (input.dim() == 1 and target.shape == (1,)):
-        return reference(*given, z_loss=z_loss, softcap=softcap, return_lse=return_lse)
-    if wrong := problem(*given, softcap):
-        reject("cross_entropy", wrong, reference, *given, z_loss=z_loss, softcap=softcap, return_lse=return_lse)
+    if way != "kernel":
+        if not is_native(input, target, weight) or (input.dim() == 1 and target.shape == (1,)):
+            return reference(*given, z_loss=z_loss, softcap=softcap, return_lse=return_lse)
+        if wrong := problem(*given, softcap):
+            reject("cross_entropy", wrong, reference, *given, z_loss=z_loss, softcap=softcap, return_lse=return_lse)
     flat, flat_target = as_rows(input, target)
     options = packed_options(reduction, ignore_index, label_smoothing, z_loss, softcap)
     if needs_grad(input):
         if inplace:
             _check_inplace(input)
             inplace = not torch.compiler.is_compiling()
-        out = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, *options)
+        out = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, options)
         loss, lse = out if return_lse else (out, None)
     else:
         loss, lse, _, _ = _forward(flat, flat_target, weight, return_lse, *options)
-    dtype = loss_dtype(input, target, weight)
-    loss = loss if loss.dtype == dtype else loss.to(dtype)
+    if loss.dtype != input.dtype:
+        loss = loss.to(loss_dtype(input, target, weight))
     if reduction != "none" and not return_lse:
         return loss
     shape = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
