@@ -43,7 +43,7 @@ def define(schema: str, alloc: Callable, reference: Callable) -> Callable:
     tensors = [i for i, a in enumerate(registered._schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
 
     def call(*args):
-        return dispatch.pick(name, args)(*args) if undisturbed([args[i] for i in tensors]) else registered(*args)
+        return dispatch.pick(name, args)(*args) if undisturbed(args, tensors) else registered(*args)
 
     return call
 
@@ -57,15 +57,17 @@ with torch.inference_mode():
     _PLAIN_THREAD.add(_thread_keys().raw_repr())
 
 
-def undisturbed(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether PyTorch's dispatcher, called with these, would go straight to the op's kernel for CPU or CUDA.
+def undisturbed(args: Sequence, tensors: Sequence[int]) -> bool:
+    """Whether PyTorch's dispatcher would go straight to the op's kernel for CPU or CUDA; `tensors`: which of `args` are
+    tensors or None.
 
     Not so for what is only seen by going through it: torch.compile, fake, functional, batched (vmap), negated, traced
     and meta tensors, subclasses, modes of __torch_dispatch__ and __torch_function__, the profiler. Takes 1 us.
     """
     if _is_compiling() or _thread_keys().raw_repr() not in _PLAIN_THREAD or _function_modes() or _profiles():
         return False
-    for x in tensors:
+    for i in tensors:  # a list or a generator of them costs as much again
+        x = args[i]
         if x is not None and (type(x) not in dispatch.PLAIN_TENSORS or x.is_neg() or x.is_meta):
             return False
     return True

@@ -124,10 +124,13 @@ def pick(op: str, args: tuple) -> Callable:
         return TABLE[op][_forced].run
     kernels = TABLE[op]
     for backend in ORDER.get(_device_type(args), ("reference",)):
-        if backend not in kernels or backend in UNAVAILABLE or kernels[backend].cannot(*args) is not None:
+        kernel = kernels.get(backend)
+        if kernel is None or backend in UNAVAILABLE:
+            continue
+        if kernel.cannot is not _never and kernel.cannot(*args) is not None:
             continue
         if backend not in ON_DEVICE or _why_not_on_device(backend, args) is None:
-            return kernels[backend].run
+            return kernel.run
     raise RuntimeError(f"pyfused.{op}: no backend can run this: {explain(op, *args)}")
 
 
