@@ -1,7 +1,10 @@
 """The compiled module: what it links, what it checks, and that each instruction set stays where it belongs."""
 
 import os
+import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from pyfused import _binary
 
 pytestmark = pytest.mark.skipif(_binary._C is None, reason=str(_binary.why_not))
 _C = _binary._C
+CSRC = Path(__file__).parents[1] / "csrc"
 
 
 def test_build_info():
@@ -68,6 +72,17 @@ def test_kernels_share_no_template_code_between_instruction_sets():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang++ here")
+@pytest.mark.parametrize("source", sorted((CSRC / "cpu").rglob("*.cpp")), ids=lambda path: path.stem)
+def test_clang_takes_the_sources(source):
+    """Macs have no other compiler."""
+    avx2 = ["-DPYFUSED_HAS_AVX2", "-mavx2", "-mfma", "-mf16c"] if platform.machine() in ("x86_64", "AMD64") else []
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    command = ["clang++", "-std=c++17", "-fsyntax-only", "-DPYFUSED_ISA=baseline", f"-I{CSRC}", *warnings, *avx2]
+    run = subprocess.run([*command, source], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[:4000]
+
+
 def test_cuda_without_a_driver_is_a_reason_and_no_crash():
     if _C.build_info()["cuda"].startswith("off"):
         pytest.skip(f"built without CUDA: {_C.build_info()['cuda']}")

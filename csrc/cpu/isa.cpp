@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
+#ifdef PYFUSED_HAS_AVX2
+#include <cpuid.h>
+#endif
 
 #include "cpu/cache.h"
 #include "cpu/scratch.h"
@@ -26,10 +29,17 @@ struct Isa {
   const Kernels* kernels;
 };
 
+#ifdef PYFUSED_HAS_AVX2
+bool has_f16c() {  // which __builtin_cpu_supports does not know in Clang 14
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<Isa> find_isas() {
   std::vector<Isa> found = {{"baseline", &baseline::kernels}};
 #ifdef PYFUSED_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
     found.push_back({"avx2", &avx2::kernels});
 #endif
 #ifdef PYFUSED_HAS_AVX512

@@ -240,6 +240,22 @@ PYFUSED_INLINE Vec<C> shuffle(Vec<C> a, Vec<C> b) {
 #endif
 }
 
+// Transposition of a square of vectors, in log2(lanes) rounds: round `half` exchanges the off-diagonal half-blocks.
+template <class C, int half, int... lane>
+PYFUSED_INLINE void exchange(Vec<C>& a, Vec<C>& b, std::integer_sequence<int, lane...>) {
+  constexpr int L = lanes<C>;
+  Vec<C> low = shuffle<C, (lane & half ? L + lane - half : lane)...>(a, b);
+  b = shuffle<C, (lane & half ? L + lane : lane + half)...>(a, b);
+  a = low;
+}
+template <class C, int half = lanes<C> / 2>
+PYFUSED_INLINE void transpose(Vec<C> (&rows)[lanes<C>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<C>; ++i)
+    if (!(i & half)) exchange<C, half>(rows[i], rows[i + half], std::make_integer_sequence<int, lanes<C>>{});
+  if constexpr (half > 1) transpose<C, half / 2>(rows);
+}
+
 template <class C, int width, int... lane>
 PYFUSED_INLINE Vec<C> rotate(Vec<C> v, std::integer_sequence<int, lane...>) {
   return shuffle<C, (lane + width) % lanes<C>...>(v, v);

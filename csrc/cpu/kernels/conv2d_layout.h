@@ -60,23 +60,6 @@ PYFUSED_INLINE Vec<C> relu(Vec<C> v) {
   return v <= Vec<C>{} ? Vec<C>{} : v;
 }
 
-// --- Transposition of a square of vectors, in log2(lanes) rounds: round `half` exchanges the off-diagonal half-blocks.
-template <class C, int half, int... lane>
-PYFUSED_INLINE void exchange(Vec<C>& a, Vec<C>& b, std::integer_sequence<int, lane...>) {
-  using Index = decltype(a < b);
-  constexpr int L = lanes<C>;
-  Vec<C> low = __builtin_shuffle(a, b, Index{(lane & half ? L + lane - half : lane)...});
-  b = __builtin_shuffle(a, b, Index{(lane & half ? L + lane : lane + half)...});
-  a = low;
-}
-template <class C, int half = lanes<C> / 2>
-PYFUSED_INLINE void transpose(Vec<C> (&rows)[lanes<C>]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes<C>; ++i)
-    if (!(i & half)) exchange<C, half>(rows[i], rows[i + half], std::make_integer_sequence<int, lanes<C>>{});
-  if constexpr (half > 1) transpose<C, half / 2>(rows);
-}
-
 // Channels [0, channels) of `count` consecutive positions of one NCHW image, as rows of vectors over channels:
 // strip[position][`pitch`]. `planes` points at the first channel's first position. Channels past the last one: 0.
 // Both strips have room for whole squares: `count` rounded up to lanes, `pitch` at least `channels` rounded up.

@@ -76,7 +76,7 @@ PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int6
   auto add = [&](int64_t c, Mask<C> counted) {
     Vec<C> x = logits<Capped>(z + c, o.softcap), e = exp(x - base);
     // Compared, not branched on: a branch on where the label lies is mispredicted once per row.
-    others += counted & (lane_numbers<C>() != static_cast<int>(label - c)) ? e : Vec<C>{};
+    others += (counted & (lane_numbers<C>() != static_cast<int>(label - c))) ? e : Vec<C>{};
     if constexpr (K != hard) {
       Vec<C> u = spread_target<K>(o, y + c, o.weight ? load(o.weight + c) : splat(C(1)));
       spread += counted ? u * (base - x) : Vec<C>{};

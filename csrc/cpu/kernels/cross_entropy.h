@@ -96,23 +96,6 @@ struct Options {  // what both directions share; C is float or double
   }
 };
 
-// v[i][l] = v[l][i]: every step exchanges blocks of half the size, two shuffles a pair.
-template <class C, int half, int... l>
-PYFUSED_INLINE void transpose(Vec<C>* v, std::integer_sequence<int, l...> every) {
-  constexpr int W = lanes<C>;
-  for (int i = 0; i < W; ++i) {
-    if (i & half) continue;
-    const Vec<C> a = v[i], b = v[i + half];
-    v[i] = shuffle<C, (l & half ? l - half + W : l)...>(a, b);
-    v[i + half] = shuffle<C, (l & half ? l + W : l + half)...>(a, b);
-  }
-  if constexpr (half > 1) transpose<C, half / 2>(v, every);
-}
-template <class C>
-PYFUSED_INLINE void transpose(Vec<C>* v) {
-  transpose<C, lanes<C> / 2>(v, std::make_integer_sequence<int, lanes<C>>());
-}
-
 template <class T>
 struct Matrix {  // rows x classes in memory; row r = (r / inner, r % inner)
   using C = compute_t<T>;
