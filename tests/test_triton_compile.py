@@ -39,10 +39,14 @@ def kernels(request, tmp_path_factory) -> list[dict]:
         for targets in (("sm_80", "sm_100"), ("sm_90", "gfx942"))
     ]  # fmt: skip
     found = []
-    for process in processes:
-        out, errors = process.communicate(timeout=3000 if full else 900)
-        assert process.returncode == 0, errors[-4000:]
-        found += json.loads(out)
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=3000 if full else 900)
+            assert process.returncode == 0, errors[-4000:]
+            found += json.loads(out)
+    finally:
+        for process in processes:
+            process.kill()
     return found
 
 

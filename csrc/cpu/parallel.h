@@ -1,10 +1,9 @@
 // Threads for the CPU kernels. The number comes from torch.get_num_threads() with every call.
 #pragma once
 #include <cstdint>
-#ifdef _OPENMP
-#include <omp.h>
+#ifndef _OPENMP
+#include "cpu/threads.h"
 #endif
-
 #include "tensor_view.h"
 
 namespace pyfused {
@@ -20,8 +19,11 @@ PYFUSED_INLINE void parallel_for(int64_t count, int64_t grain, int threads, cons
   if (parts <= 1) return body(int64_t{0}, count, 0);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
-#endif
   for (int part = 0; part < parts; ++part) body(count * part / parts, count * (part + 1) / parts, part);
+#else
+  auto run = [&](int part) { body(count * part / parts, count * (part + 1) / parts, part); };
+  run_on_threads(parts, [](const void* f, int part) { (*static_cast<const decltype(run)*>(f))(part); }, &run);
+#endif
 }
 
 }  // namespace PYFUSED_ISA
