@@ -11,8 +11,8 @@ namespace {
 
 enum Target { hard, smooth, soft };  // hard: labels, no smoothing; smooth: labels and ε > 0; soft: probabilities
 enum Reduction { none, mean, sum };
-// From this many adjacent classes on, tails and sums over lanes cost less than gathering; in the forward, which has two
-// such sums a row, from more on, of bytes in labelled rows, of vectors where probabilities are gathered as well.
+// From this many adjacent classes on, tails and sums over lanes cost less than gathering. The forward, which has two such
+// sums a row, also gathers longer rows: up to 800 bytes, or up to 6 vectors where the probabilities are gathered as well.
 constexpr int64_t kByRow = 40;
 template <class C>
 constexpr int64_t kByRowForward = 800 / sizeof(C);
