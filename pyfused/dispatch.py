@@ -125,9 +125,7 @@ def pick(op: str, args: tuple) -> Callable:
     kernels = TABLE[op]
     for backend in ORDER.get(_device_type(args), ("reference",)):
         kernel = kernels.get(backend)
-        if kernel is None or backend in UNAVAILABLE:
-            continue
-        if kernel.cannot is not _never and kernel.cannot(*args) is not None:
+        if kernel is None or backend in UNAVAILABLE or kernel.cannot(*args) is not None:
             continue
         if backend not in ON_DEVICE or _why_not_on_device(backend, args) is None:
             return kernel.run

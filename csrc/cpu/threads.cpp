@@ -17,8 +17,8 @@
 namespace pyfused {
 namespace {
 
-// How long a thread that waits looks again and again before it sleeps, or lets others run: kernels follow each other
-// within that time, and to be woken takes as long as a small one.
+// How long a thread that waits looks again and again before it sleeps, or lets others run: between two kernels of a
+// model there is hardly more, and waking up takes time.
 constexpr std::chrono::microseconds kPatience(50);
 
 template <class Done>

@@ -254,10 +254,10 @@ def _is_tiny(input) -> bool:
 
 
 @by_signature
-def _way(threads, autocast, plain, input, target, weight, ignore_index, reduction) -> str | None:
-    """How a call on CPU tensors goes that is `plain`, without options which eager PyTorch lacks: to "eager" PyTorch or,
-    its arguments being right, to the "kernel". None for all others."""
-    if not plain or not is_native(input, target, weight) or input.dim() == 1:
+def _way(_threads, _autocast, input, target, weight, ignore_index, reduction) -> str | None:
+    """How a right call on CPU tensors goes: to "eager" PyTorch if it is small, else to the "kernel".
+    None: not known yet. The first two arguments are what `_is_tiny` and `problem` ask for besides."""
+    if not is_native(input, target, weight) or input.dim() == 1:
         return None
     if problem(input, target, weight, ignore_index, reduction, 0.0, None):
         return None
@@ -314,9 +314,9 @@ def cross_entropy(
     """
     given = (input, target, weight, ignore_index, reduction, label_smoothing)
     way = None
-    if dispatch.may_hand_over(input) and label_smoothing <= 1 and not is_transformed():
-        plain = not (z_loss or softcap or return_lse or inplace)
-        way = _way(torch.get_num_threads(), autocasts(input), plain, *given[:-1])
+    plain = not (z_loss or softcap or return_lse or inplace) and label_smoothing <= 1  # eager has no more options
+    if plain and dispatch.may_hand_over(input) and not is_transformed():
+        way = _way(torch.get_num_threads(), autocasts(input), *given[:-1])
     if way == "eager":
         with contextlib.suppress(Exception):  # told again below, with the argument and its value
             return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
