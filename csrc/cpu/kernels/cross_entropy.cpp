@@ -1,10 +1,9 @@
-// Softmax cross-entropy, forward and backward, on logits z[r, c] of R rows and C classes.
+// Softmax cross-entropy, forward, on logits z[r, c] of R rows and C classes; cross_entropy_backward.cpp has its gradient.
 //
 //   lse = log ∑_c exp(z_c)                                    z = softcap · tanh(input / softcap) where softcap > 0
 //   hard   loss_r = w_t (1-ε) (lse - z_t) + ε/C ∑_c w_c (lse - z_c) + w_t z_loss lse²         label t, class weights w
 //   soft   loss_r = ∑_c w_c ((1-ε) y_c + ε/C) (lse - z_c) + z_loss lse²                       probabilities y
 //   loss   = ∑_r loss_r (sum), / total (mean; total = ∑_r w_t of rows not ignored, R for soft), or every loss_r (none)
-//   dz_c   = exp(z_c - lse) A - (what of the target falls on c),    A = ∑ of the target + 2 w_t z_loss lse + grad_lse
 //
 // Layout  input [R, C] or [N, C, P] (R = N·P) with any strides. Rows with adjacent classes, 40 or more (200 float32 in the
 //         forward), are read as they lie, vectors along the classes. All others (few classes, class dimension not
@@ -12,18 +11,17 @@
 //         no permuted copy, no tails. Adjacent classes come into the tile and out of it by transposing blocks of
 //         lanes x lanes in registers, 4 shuffles for 16 numbers; one number at a time they took as long as the
 //         exponentials.
-// Traffic of the logits: forward reads them once from memory, a block of a row at a time (maximum, then sum, out of the
-//         L1 cache, while the next block is fetched), backward reads and writes once; so 3 R C elements in all, which is
-//         the floor while backward is a pass of its own. Arithmetic: one exp per element each way, about 15 vector
-//         instructions. For float32 with 16 lanes that is a cycle for two elements, less than the 8 bytes of the
-//         backward take from memory on one core.
+// Traffic of the logits: read once from memory, a block of a row at a time (maximum, then sum, out of the L1 cache, while
+//         the next block is fetched). With a read and a write in backward 3 R C elements in all, the floor while backward is
+//         a pass of its own. Arithmetic: one exp per element each way, about 15 vector instructions. For float32 with 16
+//         lanes that is a cycle for two elements, less than the 8 bytes of the backward take from memory on one core.
 // Saves   per row [maximum m, S = ∑ exp(z - m), x], x = p_t - 1 = -∑_{c≠t} exp(z_c - m) / S (soft: ∑ of the target). The
 //         sums leave the label out: the loss log1p(∑_{c≠t} exp(z_c - z_t)) and the gradient x keep every digit of a
 //         confident row, where 1 - p_t rounds to 0. m and S instead of lse: so does a row with a large common offset.
 // Sums    rows to lanes, lanes to chunks in double, in an order that depends on the shape only, not on the threads.
 // Edges   Ignored rows: loss 0, gradient 0 even where the logits are NaN. A row with +inf, NaN or nothing but -inf: NaN.
 //         -inf next to finite logits: probability 0. R = 0 or all ignored: mean NaN, sum 0. A label outside [0, C) that
-//         is not ignore_index stops the kernel before anything is written. grad_input may be the input itself.
+//         is not ignore_index stops the kernel before anything is written.
 #include "cpu/kernels/cross_entropy.h"
 
 #include <type_traits>
@@ -36,20 +34,10 @@ namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-// The part of the target that is not the label, on the classes of one vector: u_c = w_c (smooth; times ε / C) or
-// w_c ((1-ε) y_c + ε/C) (soft).
-template <Target K, class U, class C>
-PYFUSED_INLINE Vec<C> spread_target(const Options<C>& o, const U* y, Vec<C> w) {
-  if constexpr (K == soft) w *= load(y) * o.keep + o.spread;
-  return w;
-}
-
-// --- Forward: what one pass over the logits of a group finds, one lane per row
-
 constexpr int64_t kBlock = 2048;  // classes of a row that stay in the L1 cache between their maximum and their sum
 
 template <class C>
-struct Sums {
+struct Sums {                          // what one pass over the logits of a group finds, one lane per row
   Vec<C> top{}, others{}, at_label{};  // maximum; ∑ exp(z - top) without the label; the label's logit
   Vec<C> spread{}, mass{};             // ∑ u (top - z) and ∑ u
 };
@@ -114,25 +102,26 @@ PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int6
   out.mass[lane] = reduce_add(mass);
 }
 
+// z is the tile: where only the label's logit is wanted of it besides the sum, it leaves the tile for -inf, and no class
+// need be compared with the label.
 template <Target K, bool Capped, class C>
 PYFUSED_INLINE void reduce_tile(const Options<C>& o, C* z, const C* y, Mask<C> label, Sums<C>& out) {
   constexpr int64_t width = lanes<C>;
-  constexpr bool hidden = K == hard && !Capped;
   Vec<C> top = maxima(z, o.classes);
   if constexpr (Capped) top = o.softcap * tanh<C>(top / o.softcap);
   out.top = top;
-  for (int l = 0; hidden && l < width; ++l) {  // a label whose logit is -inf need not be told from the others below
-    if (label[l] < 0) continue;
-    C& at = z[label[l] * width + l];
-    out.at_label[l] = at;
-    at = -C(__builtin_inf());
+  if constexpr (K == hard && !Capped) {
+    for (int l = 0; l < width; ++l) {
+      if (label[l] < 0) continue;
+      C& at = z[label[l] * width + l];
+      out.at_label[l] = at;
+      at = -C(__builtin_inf());
+    }
+    for (int64_t c = 0; c < o.classes; ++c) out.others += exp(load(z + c * width) - top);
+    return;
   }
   for (int64_t c = 0; c < o.classes; ++c) {
     Vec<C> x = logits<Capped>(z + c * width, o.softcap), e = exp(x - top);
-    if constexpr (hidden) {
-      out.others += e;
-      continue;
-    }
     Mask<C> mine = label == static_cast<int>(c);
     out.others += mine ? Vec<C>{} : e;
     out.at_label = mine ? x : out.at_label;
@@ -227,169 +216,6 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
   return {};
 }
 
-// --- Backward: dz = exp(z - top) factor - scale u, except for the label
-
-template <class C>
-struct Slopes {  // one lane per row
-  Vec<C> top, factor, scale, at_label;
-  Mask<C> live;
-};
-
-template <Target K, class C>
-PYFUSED_INLINE Slopes<C> slopes_of(const Options<C>& o, int64_t r, int64_t n, const C* grad_loss, const C* grad_lse,
-                                   C scale) {
-  Mask<C> label = o.labels_of(r, n);
-  Vec<C> top = load_first(o.stats + r, n), all = load_first(o.stats + o.rows + r, n, C(1)),
-         x = load_first(o.stats + 2 * o.rows + r, n), w = o.weights_of(label, n), lse_slope{};
-  Vec<C> g = o.reduction == none ? load_first(grad_loss + r, n) : splat(scale);
-  if (o.z_loss != 0) lse_slope = g * w * (2 * o.z_loss) * (top + log1p(all - C(1)));
-  Mask<C> live = ~Mask<C>{};
-  if constexpr (K != soft) {
-    live = label >= 0;
-    g = live ? g : Vec<C>{};
-    lse_slope = live ? lse_slope : Vec<C>{};
-  }
-  if (grad_lse) lse_slope += load_first(grad_lse + r, n);
-  if constexpr (K == soft) return {top, (g * x + lse_slope) / all, g, g, live};
-  Vec<C> mass = w * o.keep, at_label = g * mass * x + lse_slope * (x + C(1));
-  if constexpr (K == smooth) {
-    mass += o.spread * o.weight_sum;
-    at_label += g * o.spread * (o.weight_sum * (x + C(1)) - w);
-  }
-  if (grad_lse) live = ~Mask<C>{};
-  return {top, (g * mass + lse_slope) / all, g * o.spread, at_label, live};
-}
-
-template <Target K, bool Capped, class U, class C>
-PYFUSED_INLINE Vec<C> slope(const Options<C>& o, Vec<C> x, Vec<C> top, Vec<C> factor, Vec<C> scale, const U* y,
-                            Vec<C> w) {
-  Vec<C> d = exp(x - top) * factor;
-  if constexpr (K != hard) d -= scale * spread_target<K>(o, y, w);
-  return d;
-}
-template <bool Capped, class C>
-PYFUSED_INLINE Vec<C> uncap(Vec<C> d, Vec<C> x, C softcap) {  // times dz / d input = 1 - tanh²
-  if constexpr (Capped) d *= (C(1) - x / softcap) * (C(1) + x / softcap);
-  return d;
-}
-
-template <Target K, bool Capped, class T, class U, class C = compute_t<T>>
-PYFUSED_INLINE void grad_row(const Options<C>& o, T* out, const T* z, const U* y, int64_t label, const Slopes<C>& s,
-                             int lane) {
-  constexpr int64_t width = lanes<C>;
-  const Vec<C> top = splat<C>(s.top[lane]), factor = splat<C>(s.factor[lane]), scale = splat<C>(s.scale[lane]);
-  auto grad = [&](int64_t c) {
-    Vec<C> x = logits<Capped>(z + c, o.softcap);
-    Vec<C> w = K != hard && o.weight ? load(o.weight + c) : splat(C(1));
-    return uncap<Capped>(slope<K, Capped>(o, x, top, factor, scale, y + c, w), x, o.softcap);
-  };
-  // Out may be z: the overlapping last vector and the label's logit are read before anything is written.
-  const int64_t last = o.classes - width;
-  const Vec<C> tail = grad(last);
-  const Vec<C> x_label = label < 0 ? Vec<C>{} : logits<Capped>(z + min(label, last), o.softcap);
-  for (int64_t c = 0; c < last; c += width) store(out + c, grad(c));
-  store(out + last, tail);
-  if (label >= 0)
-    out[label] =
-        from_compute<T>(uncap<Capped>(splat<C>(s.at_label[lane]), x_label, o.softcap)[label - min(label, last)]);
-}
-
-template <Target K, bool Capped, class T, class C = compute_t<T>>
-PYFUSED_INLINE void grad_tile(const Options<C>& o, T* out, int64_t stride, const C* z, const C* y, Mask<C> label,
-                              const Slopes<C>& s) {
-  constexpr int64_t width = lanes<C>;
-  for (int64_t c = 0; c < o.classes; ++c) {
-    Vec<C> x = logits<Capped>(z + c * width, o.softcap);
-    Vec<C> d = slope<K, Capped>(o, x, s.top, s.factor, s.scale, y + c * width, splat(o.weight_of(c)));
-    d = label == static_cast<int>(c) ? s.at_label : d;
-    store(out + c * stride, s.live ? uncap<Capped>(d, x, o.softcap) : Vec<C>{});
-  }
-}
-
-template <Target K, bool Capped, class T, class U>
-Status backward(const View& grad_input, const View& grad_loss, const View& grad_lse, const View& input,
-                const View& target, const View& total, const Options<compute_t<T>>& o, int threads) {
-  using C = compute_t<T>;
-  const Matrix<T> out(grad_input), z(input);
-  const Matrix<U> y(K == soft ? target : input);
-  const int64_t chunk = o.chunk(), tile = o.by_row ? 0 : o.classes * lanes<C>;
-  auto* tiles = static_cast<C*>(scratch(1, threads * tile * 2 * sizeof(C)));
-  const C* grads = grad_loss.as<C>();
-  const C scale = o.reduction == none ? C(0) : o.reduction == mean ? grads[0] / total.as<C>()[0] : grads[0];
-  parallel_for((o.rows + chunk - 1) / chunk, 1, threads, [&](int64_t begin, int64_t end, int thread) {
-    C *z_tile = tiles + thread * tile * 2, *y_tile = z_tile + tile;
-    const int64_t stop = min(end * chunk, o.rows);
-    for (int64_t r = begin * chunk, n; r < stop; r += n) {
-      n = min(o.group(), stop - r);
-      const Slopes<C> slopes = slopes_of<K>(o, r, n, grads, grad_lse.as<C>(), scale);
-      const Mask<C> label = o.labels_of(r, n);
-      if (!o.by_row) {
-        z.gather(r, n, z_tile);
-        if constexpr (K == soft) y.gather(r, n, y_tile);
-        if (out.lanes_adjacent(r, n)) {
-          grad_tile<K, Capped>(o, out.row(r), out.class_stride, z_tile, y_tile, label, slopes);
-        } else {
-          grad_tile<K, Capped>(o, z_tile, lanes<C>, z_tile, y_tile, label, slopes);
-          out.scatter(r, n, z_tile);
-        }
-        continue;
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        if (slopes.live[i])
-          grad_row<K, Capped>(o, out.row(r + i), z.row(r + i), y.row(r + i), label[i], slopes, i);
-        else
-          std::memset(out.row(r + i), 0, o.classes * sizeof(T));
-      }
-    }
-  });
-  return {};
-}
-
-// Calls run(Target constant, softcap constant, T{}, U{}) for this problem's types: U holds probabilities, in the
-// logits' type or in the type of the arithmetic.
-template <class T, class Run>
-Status specialize(const View& target, double label_smoothing, double softcap, const Run& run) {
-  auto with_target = [&](auto capped) {
-    using C = compute_t<T>;
-    if (target.dtype == DType::i64)
-      return label_smoothing > 0 ? run(std::integral_constant<Target, smooth>(), capped, T{}, T{})
-                                 : run(std::integral_constant<Target, hard>(), capped, T{}, T{});
-    if (target.dtype == DType::f32 && !std::is_same_v<T, C>)
-      return run(std::integral_constant<Target, soft>(), capped, T{}, C{});
-    return run(std::integral_constant<Target, soft>(), capped, T{}, T{});
-  };
-  return softcap > 0 ? with_target(std::true_type()) : with_target(std::false_type());
-}
-
-// The kernels' own check of what they are given. C is the dtype of the arithmetic: losses, statistics and weights have
-// it.
-Status check(const View& loss, const View& lse, const View& stats, const View& total, const View& input,
-             const View& target, const View& weight, int reduction) {
-  PYFUSED_REQUIRE(input.ndim == 2 || input.ndim == 3, "input", "must be [R, C] or [N, C, P]");
-  PYFUSED_REQUIRE(input.shape[1] < INT32_MAX, "input", "must have fewer than 2^31 classes");
-  const int64_t rows = input.shape[0] * (input.ndim == 3 ? input.shape[2] : 1);
-  const DType arithmetic = input.dtype == DType::f64 ? DType::f64 : DType::f32;
-  if (target.dtype == DType::i64) {
-    PYFUSED_REQUIRE(target.contiguous() && target.numel() == rows, "target", "must be one contiguous label per row");
-  } else {
-    PYFUSED_REQUIRE(target.dtype == input.dtype || target.dtype == arithmetic, "target", "must have the logits' dtype");
-    PYFUSED_REQUIRE(target.ndim == input.ndim, "target", "must have the logits' shape");
-    for (int i = 0; i < input.ndim; ++i)
-      PYFUSED_REQUIRE(target.shape[i] == input.shape[i], "target", "must have the logits' shape");
-  }
-  PYFUSED_REQUIRE(stats.ndim == 2 && stats.contiguous() && stats.shape[0] == 3 && stats.shape[1] == rows &&
-                      stats.dtype == arithmetic,
-                  "stats", "must be [3, rows]");
-  PYFUSED_REQUIRE(total.numel() == 1 && total.dtype == arithmetic, "total", "must be one number");
-  PYFUSED_REQUIRE(loss.contiguous() && loss.dtype == arithmetic && loss.numel() == (reduction == none ? rows : 1),
-                  "loss", "must be contiguous, one number or one per row");
-  PYFUSED_REQUIRE(!lse || (lse.contiguous() && lse.dtype == arithmetic && lse.numel() == rows), "lse",
-                  "must be contiguous, one per row");
-  PYFUSED_REQUIRE(!weight || (weight.contiguous() && weight.dtype == arithmetic && weight.numel() == input.shape[1]),
-                  "weight", "must be contiguous, one per class");
-  return {};
-}
-
 }  // namespace
 
 Status cross_entropy(View loss, View lse, View stats, View total, View input, View target, View weight, int reduction,
@@ -402,26 +228,6 @@ Status cross_entropy(View loss, View lse, View stats, View total, View input, Vi
     if (Status s = o.check_labels(); s.code != Status::ok) return s;
     return specialize<T>(target, label_smoothing, softcap, [&](auto kind, auto capped, auto t, auto u) {
       return forward<kind(), capped(), decltype(t), decltype(u)>(loss, lse, total, input, target, o, threads);
-    });
-  });
-}
-
-Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, View input, View target, View weight,
-                              View stats, View total, int reduction, int64_t ignore_index, double label_smoothing,
-                              double z_loss, double softcap, int threads) {
-  if (Status s = check(grad_loss, grad_lse, stats, total, input, target, weight, reduction); s.code != Status::ok)
-    return s;
-  PYFUSED_REQUIRE(grad_input.ndim == input.ndim && grad_input.dtype == input.dtype, "grad_input", "must be like input");
-  for (int i = 0; i < input.ndim; ++i)
-    PYFUSED_REQUIRE(grad_input.shape[i] == input.shape[i], "grad_input", "must be like input");
-  return for_dtype(input.dtype, [&](auto type) {
-    using T = decltype(type);
-    Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss, softcap);
-    o.by_row = o.by_row && grad_input.strides[1] == 1;
-    if (Status s = o.check_labels(); s.code != Status::ok) return s;
-    return specialize<T>(target, label_smoothing, softcap, [&](auto kind, auto capped, auto t, auto u) {
-      return backward<kind(), capped(), decltype(t), decltype(u)>(grad_input, grad_loss, grad_lse, input, target, total,
-                                                                  o, threads);
     });
   });
 }

@@ -1,4 +1,4 @@
-// What both directions of cross_entropy.cpp stand on: the problem's options and labels, and logits as rows x classes.
+// What both directions of cross_entropy stand on: the problem's options and labels, and logits as rows x classes.
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -196,6 +196,61 @@ template <bool Capped, class T, class C = compute_t<T>>
 PYFUSED_INLINE Vec<C> logits(const T* p, C softcap) {
   if constexpr (Capped) return softcap * tanh<C>(load(p) / softcap);
   return load(p);
+}
+
+// --- What both directions do with a problem
+
+// The part of the target that is not the label, on the classes of one vector: u_c = w_c (smooth; times ε / C) or
+// w_c ((1-ε) y_c + ε/C) (soft).
+template <Target K, class U, class C>
+PYFUSED_INLINE Vec<C> spread_target(const Options<C>& o, const U* y, Vec<C> w) {
+  if constexpr (K == soft) w *= load(y) * o.keep + o.spread;
+  return w;
+}
+
+// Calls run(Target constant, softcap constant, T{}, U{}) for this problem's types: U holds probabilities, in the
+// logits' type or in the type of the arithmetic.
+template <class T, class Run>
+Status specialize(const View& target, double label_smoothing, double softcap, const Run& run) {
+  auto with_target = [&](auto capped) {
+    using C = compute_t<T>;
+    if (target.dtype == DType::i64)
+      return label_smoothing > 0 ? run(std::integral_constant<Target, smooth>(), capped, T{}, T{})
+                                 : run(std::integral_constant<Target, hard>(), capped, T{}, T{});
+    if (target.dtype == DType::f32 && !std::is_same_v<T, C>)
+      return run(std::integral_constant<Target, soft>(), capped, T{}, C{});
+    return run(std::integral_constant<Target, soft>(), capped, T{}, T{});
+  };
+  return softcap > 0 ? with_target(std::true_type()) : with_target(std::false_type());
+}
+
+// The kernels' own check of what they are given. C is the dtype of the arithmetic: losses, statistics and weights have
+// it.
+Status check(const View& loss, const View& lse, const View& stats, const View& total, const View& input,
+             const View& target, const View& weight, int reduction) {
+  PYFUSED_REQUIRE(input.ndim == 2 || input.ndim == 3, "input", "must be [R, C] or [N, C, P]");
+  PYFUSED_REQUIRE(input.shape[1] < INT32_MAX, "input", "must have fewer than 2^31 classes");
+  const int64_t rows = input.shape[0] * (input.ndim == 3 ? input.shape[2] : 1);
+  const DType arithmetic = input.dtype == DType::f64 ? DType::f64 : DType::f32;
+  if (target.dtype == DType::i64) {
+    PYFUSED_REQUIRE(target.contiguous() && target.numel() == rows, "target", "must be one contiguous label per row");
+  } else {
+    PYFUSED_REQUIRE(target.dtype == input.dtype || target.dtype == arithmetic, "target", "must have the logits' dtype");
+    PYFUSED_REQUIRE(target.ndim == input.ndim, "target", "must have the logits' shape");
+    for (int i = 0; i < input.ndim; ++i)
+      PYFUSED_REQUIRE(target.shape[i] == input.shape[i], "target", "must have the logits' shape");
+  }
+  PYFUSED_REQUIRE(stats.ndim == 2 && stats.contiguous() && stats.shape[0] == 3 && stats.shape[1] == rows &&
+                      stats.dtype == arithmetic,
+                  "stats", "must be [3, rows]");
+  PYFUSED_REQUIRE(total.numel() == 1 && total.dtype == arithmetic, "total", "must be one number");
+  PYFUSED_REQUIRE(loss.contiguous() && loss.dtype == arithmetic && loss.numel() == (reduction == none ? rows : 1),
+                  "loss", "must be contiguous, one number or one per row");
+  PYFUSED_REQUIRE(!lse || (lse.contiguous() && lse.dtype == arithmetic && lse.numel() == rows), "lse",
+                  "must be contiguous, one per row");
+  PYFUSED_REQUIRE(!weight || (weight.contiguous() && weight.dtype == arithmetic && weight.numel() == input.shape[1]),
+                  "weight", "must be contiguous, one per class");
+  return {};
 }
 
 }  // namespace

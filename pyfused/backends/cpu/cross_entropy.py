@@ -1,4 +1,4 @@
-"""cross_entropy on the CPU: csrc/cpu/kernels/cross_entropy.cpp."""
+"""cross_entropy on the CPU: csrc/cpu/kernels/cross_entropy.cpp and cross_entropy_backward.cpp."""
 
 import torch
 
