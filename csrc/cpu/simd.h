@@ -57,6 +57,7 @@ template <class N>
 PYFUSED_INLINE constexpr N max(N a, N b) {
   return a < b ? b : a;
 }
+PYFUSED_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- Scalars
 PYFUSED_INLINE float to_compute(float x) { return x; }

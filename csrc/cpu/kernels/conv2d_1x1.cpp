@@ -105,7 +105,7 @@ void multiply_block(const Pixels& to, int64_t block, const float* rows, int64_t 
           for (int h = 0; h < vectors.value; ++h) epilogue.prefetch(p + i * out_row + h * lanes<float> - to.data);
         if (first)
           multiply_with<row_count.value, vectors.value, 3>(a, pitch, 1, b, next, kPanel, depth, finish,
-                                                           a + kRows * pitch, row_count.value);
+                                                           a + kRows * pitch, sizeof(float) * row_count.value);
         else
           multiply_with<row_count.value, vectors.value>(a, pitch, 1, b, next, kPanel, depth, finish);
       };

@@ -10,8 +10,6 @@
 namespace pyfused {
 namespace PYFUSED_ISA {
 
-PYFUSED_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // --- Codes as numbers of the compute type: 0..255 are exact, and comparisons then give masks of the right width.
 template <class C>
 struct BytesOf {

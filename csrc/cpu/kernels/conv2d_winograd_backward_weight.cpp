@@ -54,7 +54,8 @@ void add_products(Rows z, Rows v, int64_t tiles, int64_t outputs, int vectors, f
         if (vector >= width.value) vector -= width.value;
         if (ahead.data && vector * lanes<float> < outputs) {
           multiply<kRows, width.value, Add, 2>(z.data + o, 1, z.stride, v.data, lanes<float>, v.stride, tiles,
-                                               d + o * d_row, d_row, ahead.data + vector * lanes<float>, ahead.stride);
+                                               d + o * d_row, d_row, ahead.data + vector * lanes<float>,
+                                               sizeof(float) * ahead.stride);
           continue;
         }
       }

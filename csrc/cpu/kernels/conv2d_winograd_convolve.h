@@ -32,7 +32,7 @@ PYFUSED_INLINE void multiply_rows(const float* v, int64_t v_row, int64_t tiles, 
   if constexpr (Ahead)
     for (; t + kRows <= tiles && t < lines * kRows; t += kRows)
       multiply<kRows, B, Add, 2>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup,
-                                 following + t / kRows * next, kPanel);
+                                 following + t / kRows * next, sizeof(float) * kPanel);
   for (; t + kRows <= tiles; t += kRows)
     multiply<kRows, B, Add>(v + t * v_row, v_row, 1, b, next, kPanel, depth, m + t * kGroup, kGroup);
   with_constant<kRows - 1>(static_cast<int>(tiles - t), [&](auto rows) {

@@ -27,26 +27,30 @@ PYFUSED_INLINE void with_constant(int n, const Body& body) {
 constexpr int kRows = 6;
 constexpr int kVectors = lanes<float> == 16 ? 4 : 2;
 
-// finish(r, h, ∑_k a[r, k] * b[k, h]) for R rows and B vectors. Meanwhile what is at ahead[k * ahead_step] is prefetched,
-// with the locality `Ahead` of __builtin_prefetch; 0: nothing is.
-template <int R, int B, int Ahead = 0, class Finish>
+// finish(r, h, ∑_k a[r, k] * b[k, h]) for R rows and B vectors. Meanwhile what is `ahead`, from k on `ahead_bytes` * k
+// bytes farther, is prefetched with the locality `Ahead` of __builtin_prefetch (0: nothing is), and of b, if it is not
+// in the L1 cache, what is due in `Soon` steps.
+template <int R, int B, int Ahead = 0, int Soon = 0, class Finish>
 PYFUSED_INLINE void multiply_with(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
-                                  int64_t b_step, int64_t depth, const Finish& finish, const float* ahead = nullptr,
-                                  int64_t ahead_step = 0) {
+                                  int64_t b_step, int64_t depth, const Finish& finish, const void* ahead = nullptr,
+                                  int64_t ahead_bytes = 0) {
   V sum[R][B] = {};
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    if constexpr (Ahead > 0) __builtin_prefetch(ahead + k * ahead_step, 0, Ahead);
+    if constexpr (Ahead > 0) __builtin_prefetch(static_cast<const char*>(ahead) + k * ahead_bytes, 0, Ahead);
+    if constexpr (Soon > 0)
+#pragma GCC unroll 4
+      for (int h = 0; h < B; ++h) __builtin_prefetch(b + Soon * b_step + h * b_vector);
     V right[B];
 #pragma GCC unroll 4
     for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       V left = splat(a[r * a_row]);
 #pragma GCC unroll 4
       for (int h = 0; h < B; ++h) sum[r][h] += left * right[h];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int h = 0; h < B; ++h) finish(r, h, sum[r][h]);
@@ -55,13 +59,13 @@ PYFUSED_INLINE void multiply_with(const float* a, int64_t a_row, int64_t a_step,
 // m[r][h] (+)= that.
 template <int R, int B, bool Add, int Ahead = 0>
 PYFUSED_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
-                             int64_t b_step, int64_t depth, float* m, int64_t m_row, const float* ahead = nullptr,
-                             int64_t ahead_step = 0) {
+                             int64_t b_step, int64_t depth, float* m, int64_t m_row, const void* ahead = nullptr,
+                             int64_t ahead_bytes = 0) {
   auto finish = [&](int r, int h, V sum) __attribute__((always_inline)) {
     float* p = m + r * m_row + h * lanes<float>;
     store(p, Add ? load(p) + sum : sum);
   };
-  multiply_with<R, B, Ahead>(a, a_row, a_step, b, b_vector, b_step, depth, finish, ahead, ahead_step);
+  multiply_with<R, B, Ahead>(a, a_row, a_step, b, b_vector, b_step, depth, finish, ahead, ahead_bytes);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
-"""linear_cross_entropy on the CPU: the BLAS for the products, cross_entropy's kernel on blocks of logits between.
+"""linear_cross_entropy on the CPU: three ways.
 
-Chunks of rows, as the op's page describes, or blocks of classes for all rows. By classes every row's log-sum-exp is
-known only after the last block, so gradients need the logits a second time: four products instead of three. Still
-blocks of classes are taken
+csrc/cpu/kernels/linear_cross_entropy.cpp does all of it where gradients are made in float32. Else the BLAS multiplies,
+with cross_entropy's kernel on blocks of logits between: chunks of rows, as the op's page describes, or blocks of
+classes for all rows. By classes every row's log-sum-exp is known only after the last block, so gradients need the
+logits a second time: four products instead of three. Still blocks of classes are taken
 
 - where no gradients are made: one product either way, and the BLAS packs the weight once, not for every chunk;
 - for bfloat16 on a CPU with AMX, where a product costs less than what a chunk of rows costs besides: packing the weight
@@ -13,6 +14,7 @@ blocks of classes are taken
 
 import torch
 
+from ... import _C
 from ...dispatch import kernel
 from ...memory import cached
 from ...ops import cross_entropy as ce
@@ -21,6 +23,10 @@ from .widen import product_dtype
 
 _NONE, _SUM = (ce.REDUCTIONS.index(r) for r in ("none", "sum"))
 _BLOCK = 8 << 20  # bytes of a block of logits: at 2 MiB forward of 1024 x 384 x 50257 is a fifth slower
+
+
+_KERNEL_ROWS = 192  # of a chunk, at most; of 128 the whole takes 5% longer
+_SKEW = 16  # floats behind each row of the kernel's buffer
 
 
 def _fast_products(input) -> bool:
@@ -53,6 +59,30 @@ def _by_classes(chunk, input, target, label_smoothing, with_grads) -> bool:
     return _fast_products(input) and len(chunk) < len(input)
 
 
+def _kernel_buffer(input, linear_weight, target, options):
+    """A chunk's logits for the kernel, or None where it cannot do this or is not the fastest."""
+    (rows, dims), classes, threads = input.shape, len(linear_weight), torch.get_num_threads()
+    _, label_smoothing, _, softcap = options
+    if target.is_floating_point() or label_smoothing or softcap or input.dtype != torch.float32:
+        return None
+    most = _KERNEL_ROWS if classes * _KERNEL_ROWS <= 10 << 20 else 128
+    chunks = -(-rows // most)
+    chunk = -(-rows // max(chunks, 1) // 32) * 32
+    few = rows < 64 or dims < 32 or classes < 2048 * threads
+    if few or threads * chunk * dims > 16 << 20 or _C.isa() == "baseline":  # the BLAS may have vectors that it has not
+        return None
+    return cached(input.new_empty(classes, chunk + _SKEW))
+
+
+def _counted_rows(input, target, weight, classes, ignore_index):
+    """(which rows count, their weights); raises IndexError for a label that is no class."""
+    counted = target != ignore_index
+    if error := op.out_of_range(target, classes, ignore_index):
+        raise error
+    weights = counted.to(ce.arithmetic_dtype(input))
+    return counted, weights if weight is None else weights * weight[target.where(counted, 0)]
+
+
 class _Classes:
     """The logits of all rows, a block of classes at a time."""
 
@@ -60,12 +90,7 @@ class _Classes:
         input = input.to(product_dtype(input))
         self.layer, self.target = (input, linear_weight, linear_bias), target
         self.z_loss, self.softcap = z_loss, softcap
-        self.counted = target != ignore_index
-        if error := op.out_of_range(target, len(linear_weight), ignore_index):
-            raise error
-        self.weights = self.counted.to(ce.arithmetic_dtype(input))
-        if weight is not None:
-            self.weights *= weight[target.where(self.counted, 0)]
+        self.counted, self.weights = _counted_rows(input, target, weight, len(linear_weight), ignore_index)
         step = max(256, _BLOCK // (input.element_size() * len(input)))
         self.buffer = cached(input.new_empty(len(input) * min(step, len(linear_weight))))
         self.ends = [(c, min(c + step, len(linear_weight))) for c in range(0, len(linear_weight), step)]
@@ -118,6 +143,46 @@ class _Classes:
             d_input.copy_(sums)
 
 
+def _run_kernel(buffer, grads, input, linear_weight, linear_bias, target, counted, upstream, z_loss):
+    """(loss per row, stats), and the gradients; None where a result is not finite, for which the kernel is not made."""
+    losses, stats = torch.empty_like(upstream), upstream.new_empty(3, len(input))
+    given = (input.contiguous(), linear_weight.contiguous(), None if linear_bias is None else linear_bias.contiguous())
+    labels = target.where(counted, -1).to(torch.int64)
+    grads = [d if d.numel() else None for d in grads]
+    _C.linear_cross_entropy(
+        losses, stats, *grads, buffer, *given, labels, upstream.contiguous(), z_loss, torch.get_num_threads()
+    )
+    return (losses, stats) if losses.isfinite().all() and stats[0].isfinite().all() else None
+
+
+@torch.no_grad()
+def _forward_in_kernel(buffer, input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
+    ignore_index, _, z_loss, _ = options
+    counted, weights = _counted_rows(input, target, weight, len(linear_weight), ignore_index)
+    loss, total, _, *grads = op.alloc(input, linear_weight, linear_bias, target, weight, needed, reduction)
+    total.copy_(weights.sum(dtype=torch.float64))
+    mean = reduction != _SUM
+    upstream = weights * torch.where(total == 0, 0, 1 / total) if mean else weights
+    grads = [cached(d) for d in grads]
+    found = _run_kernel(buffer, grads, input, linear_weight, linear_bias, target, counted, upstream, z_loss)
+    if found is None:
+        return None
+    losses, stats = found
+    losses += z_loss * stats[0] * stats[0]
+    loss.copy_((losses * weights).sum(dtype=torch.float64) / (total if mean else 1))
+    return loss, total, stats, *grads
+
+
+@torch.no_grad()
+def _backward_in_kernel(buffer, grad_loss, input, linear_weight, linear_bias, target, weight, needed, *options):
+    ignore_index, _, z_loss, _ = options
+    counted, weights = _counted_rows(input, target, weight, len(linear_weight), ignore_index)
+    grads = [cached(d) for d in op.alloc_grads(input, linear_weight, needed)]
+    upstream = grad_loss * weights
+    found = _run_kernel(buffer, grads, input, linear_weight, linear_bias, target, counted, upstream, z_loss)
+    return None if found is None else tuple(grads)
+
+
 @torch.no_grad()
 def _forward_by_classes(input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
     ignore_index, _, z_loss, softcap = options
@@ -150,8 +215,11 @@ def _backward_by_classes(grad_loss, input, linear_weight, linear_bias, target, w
 @kernel("linear_cross_entropy", "cpu")
 def forward(input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
     given = (input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
-    chunk = _chunk(input, linear_weight)
     with_grads = reduction != _NONE and any(needed)
+    buffer = _kernel_buffer(input, linear_weight, target, options) if with_grads else None
+    if buffer is not None and (done := _forward_in_kernel(buffer, *given)):
+        return done
+    chunk = _chunk(input, linear_weight)
     done = _forward_by_classes(*given) if _by_classes(chunk, input, target, options[1], with_grads) else None
     return done or op.run_forward(chunk, *given, recycle=cached)
 
@@ -159,6 +227,9 @@ def forward(input, linear_weight, linear_bias, target, weight, needed, reduction
 @kernel("linear_cross_entropy_backward", "cpu")
 def backward(grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options):
     given = (grad_loss, input, linear_weight, linear_bias, target, weight)
+    buffer = _kernel_buffer(input, linear_weight, target, options)
+    if buffer is not None and (done := _backward_in_kernel(buffer, *given, needed, *options)):
+        return done
     chunk = _chunk(input, linear_weight)
     if _by_classes(chunk, input, target, options[1], True) and stats.isfinite().all():
         return _backward_by_classes(*given, stats, needed, *options)
