@@ -143,6 +143,14 @@ def cross_entropy_cases():
         yield "cross_entropy_backward", text, backward
 
 
+def linear_cross_entropy_cases():
+    for rows, dims, classes in ((50, 40, 200), (40, 600, 101)):
+        outputs = (Tensor(rows), Tensor(3, rows), Tensor(rows, dims), Tensor(classes, dims), Tensor(classes))
+        layer = (Tensor(rows, dims), Tensor(classes, dims), Tensor(classes))
+        rest = (Tensor(rows, dtype="int64", below=classes), Tensor(rows), 0.0, 1)
+        yield "linear_cross_entropy", f"{rows}x{dims}x{classes}", (*outputs, Tensor(classes, 48), *layer, *rest)
+
+
 def direct_cases():
     for (n, c, h, w), out, k, stride, pad, pool, last in (
         ((4, 1, 28, 28), 32, 3, 1, 0, True, False),
@@ -236,6 +244,7 @@ def cases():
     """Every case: kernel, a text that tells it from the kernel's others, arguments."""
     for family in (
         cross_entropy_cases,
+        linear_cross_entropy_cases,
         direct_cases,
         winograd_cases,
         one_by_one_cases,

@@ -15,7 +15,7 @@
 // Flops   6 N D V, the floor: 0.34 s at 1024 x 384 x 50257 on two cores of 175 GFLOP/s each; this takes 0.39 s. Three
 //         products of a BLAS with chunks of as many rows take 0.43 s: it packs the weight anew for every chunk, twice.
 // Traffic per chunk: weight twice, d_weight read and written, g written, read and written: 4 V (4 D + 3 R) bytes. What
-//         comes from memory is fetched ahead, little by little: a burst stops the multiplications.
+//         comes from memory is fetched ahead, some lines with every tile: a burst stops the multiplications.
 // Saves   stats: lse; 1; p[n, target[n]] - 1, exact where p is near 1.
 // Order   of sums: that of the blocks, which are dealt to threads by number: the same bits for the same number of threads.
 // Edges   a target outside [0, V) is a row without a label: its loss is 0. Infinite or NaN logits (-inf from the bias
@@ -34,7 +34,9 @@ constexpr int kTile = lanes<float> == 16 ? 12 : 6;  // a tile's broadcast number
 constexpr int kWide = 2;                            // and its vectors
 constexpr int kLane = lanes<float>;
 constexpr int64_t kWidth = kWide * kLane;
-constexpr int64_t kDepth = 512;  // dims of a product at a time: longer sums round more than a BLAS does
+constexpr int64_t kBlock = 96;   // classes at a time
+constexpr int64_t kDepth = 512;  // dims at a time, so that theirs of the rows and the weights fit the L2 cache; longer
+                                 // sums would round more than those of a BLAS
 constexpr int kSoon = 4;         // steps of a product that a line takes to come from the L2 cache
 constexpr float kInfinity = __builtin_inff();
 
@@ -42,9 +44,8 @@ struct Layer {
   const float *weight, *bias;  // [V, D]; [V] or null
   float *d_weight, *d_bias;    // or null
   int64_t classes, dims;
-  // 96 classes, or fewer such that their weights fit the L2 cache beside the rest, but enough for long products.
-  int64_t block() const { return max<int64_t>(min<int64_t>((96 << 10) / dims / 12 * 12, 96), 48); }
-  int64_t blocks() const { return ceil_div(classes, block()); }
+  int64_t blocks() const { return ceil_div(classes, kBlock); }
+  int64_t part() const { return round_up(ceil_div(dims, ceil_div(dims, kDepth)), kWidth); }
   int64_t panels() const { return ceil_div(dims, kWidth); }
   int64_t d_input_row() const { return panels() * kWidth + kSkew; }
 };
@@ -117,17 +118,19 @@ PYFUSED_INLINE void multiply_part(const Layer& layer, const Chunk& chunk, int64_
   }
 }
 
+// A part of the dims after the other, so that its part of the rows stays in the L2 cache while the block's classes pass.
 void multiply_logits(const Layer& layer, const Chunk& chunk, const Block& block) {
-  const int64_t D = layer.dims, part = ceil_div(D, ceil_div(D, kDepth));
-  in_tiles(block.classes(), [&](int64_t i, auto count) {
-    constexpr int T = count.value;
-    const int64_t c = block.begin + i;
-    for (int64_t d = 0; d < D; d += part) {
-      const auto* ahead = reinterpret_cast<const char*>(layer.weight + (c + T) * D + T * d);
-      d ? multiply_part<T, true>(layer, chunk, c, d, min(part, D - d), ahead)
-        : multiply_part<T, false>(layer, chunk, c, d, min(part, D - d), ahead);
-    }
-  });
+  const int64_t D = layer.dims, part = layer.part();
+  for (int64_t d = 0; d < D; d += part)
+    in_tiles(block.classes(), [&](int64_t i, auto count) {
+      constexpr int T = count.value;
+      const int64_t c = block.begin + i, depth = min(part, D - d);
+      const float* next =
+          D > part ? layer.weight + block.end * D + block.classes() * d + i * depth : layer.weight + (c + T) * D;
+      const auto* ahead = reinterpret_cast<const char*>(next);
+      d ? multiply_part<T, true>(layer, chunk, c, d, depth, ahead)
+        : multiply_part<T, false>(layer, chunk, c, d, depth, ahead);
+    });
 }
 
 void exponentials(const Chunk& chunk, const Block& block) {
@@ -195,61 +198,74 @@ void multiply_factors(const Layer& layer, const Chunk& chunk, const Block& block
   });
 }
 
-// d_input += gᵀ · weight. `packed` has room for the block's weights as [panel of dims][class][kWidth].
+// d_input += gᵀ · weight, a part of the dims after the other: its weights are packed as [panel of dims][class][kWidth].
 void add_d_input(const Layer& layer, const Chunk& chunk, const Block& block, float* packed, float* d_input) {
-  const int64_t D = layer.dims, depth = block.classes(), panels = layer.panels(), row = layer.d_input_row();
-  for (int64_t c = 0; c < depth; ++c)
-    for (int64_t d = 0; d < panels * kWidth; d += kLane)
-      store(packed + (d / kWidth * depth + c) * kWidth + d % kWidth,
+  const int64_t D = layer.dims, depth = block.classes(), part = layer.part(), row = layer.d_input_row();
+  const float* g = chunk.logits + block.begin * chunk.pitch;
+  const int64_t share = ceil_div(depth, ceil_div(chunk.rows, kTile));
+  for (int64_t begin = 0; begin < D; begin += part) {
+    const int64_t end = min(begin + part, round_up(D, kWidth));
+    for (int64_t c = 0; c < depth; ++c)
+      for (int64_t d = begin; d < end; d += kLane)
+        store(
+            packed + ((d - begin) / kWidth * depth + c) * kWidth + d % kWidth,
             load_first(layer.weight + (block.begin + c) * D + min(d, D), min<int64_t>(max<int64_t>(D - d, 0), kLane)));
-  const float *g = chunk.logits + block.begin * chunk.pitch, *next = layer.weight + min(block.end, layer.classes) * D;
-  const int64_t tiles = ceil_div(chunk.rows, kTile), bytes = sizeof(float) * kWidth / tiles;
-  in_tiles(chunk.rows, [&](int64_t r, auto count) {
-    for (int64_t q = 0; q < panels; ++q) {
-      float* out = d_input + r * row + q * kWidth;
-      auto finish = [&](int t, int h, V sum) __attribute__((always_inline)) {
-        float* p = out + t * row + h * kLane;
-        store(p, load(p) + sum);
-      };
-      const auto* ahead = reinterpret_cast<const char*>(next) + (r / kTile * panels + q) * depth * bytes;
-      multiply_with<count.value, kWide, 2, kSoon>(g + r, 1, chunk.pitch, packed + q * depth * kWidth, kLane, kWidth,
-                                                  depth, finish, ahead, bytes);
-    }
-  });
-}
-
-// The block's rows of d_weight (+)= g · input.
-template <bool Add>
-void add_d_weight(const Layer& layer, const Chunk& chunk, const Block& block) {
-  const int64_t D = layer.dims, R = chunk.rows;
-  in_tiles(block.classes(), [&](int64_t i, auto count) {
-    constexpr int T = count.value;
-    const float* g = chunk.logits + (block.begin + i) * chunk.pitch;
-    float* out = layer.d_weight + (block.begin + i) * D;
-    for (int64_t d = 0; d < D; d += kWidth) {
-      if constexpr (Add)
+    in_tiles(chunk.rows, [&](int64_t r, auto count) {
+      constexpr int T = count.value;
+      for (int64_t d = begin; d < end; d += kWidth) {
+        float* out = d_input + r * row + d;
 #pragma GCC unroll 12
         for (int t = 0; t < T; ++t)
-          for (int64_t line = 0; line < kWidth; line += 16) __builtin_prefetch(out + t * D + d + kWidth + line, 1);
-      auto finish = [&](int t, int h, V sum) __attribute__((always_inline)) {
-        const int64_t at = d + h * kLane;
-        float* p = out + t * D + at;
-        if (D - d >= kWidth)
-          store(p, Add ? load(p) + sum : sum);
-        else if (at < D)
-          store_first(p, Add ? load_first(p, min<int64_t>(D - at, kLane)) + sum : sum, min<int64_t>(D - at, kLane));
-      };
-      multiply_with<T, kWide, 0, kSoon>(g, chunk.pitch, 1, chunk.input + d * R, kLane, kWidth, R, finish);
-    }
-  });
+          for (int64_t line = 0; line < kWidth; line += 16) __builtin_prefetch(out + t * row + kWidth + line, 1);
+        auto finish = [&](int t, int h, V sum) __attribute__((always_inline)) {
+          float* p = out + t * row + h * kLane;
+          store(p, load(p) + sum);
+        };
+        // Of the weights that are packed next, a share.
+        const float* ahead =
+            (end < D ? layer.weight + block.begin * D + d + part : layer.weight + block.end * D + d - begin) +
+            r / kTile * share * D;
+        for (int64_t c = 0; c < share; ++c, ahead += D)
+          for (int64_t line = 0; line < kWidth; line += 16) __builtin_prefetch(ahead + line, 0, 2);
+        multiply_with<T, kWide, 0, kSoon>(g + r, 1, chunk.pitch, packed + (d - begin) * depth, kLane, kWidth, depth,
+                                          finish);
+      }
+    });
+  }
+}
+
+// The block's rows of d_weight (+)= g · input, a part of the dims after the other.
+template <bool Add>
+void add_d_weight(const Layer& layer, const Chunk& chunk, const Block& block) {
+  const int64_t D = layer.dims, R = chunk.rows, part = layer.part();
+  for (int64_t begin = 0; begin < D; begin += part)
+    in_tiles(block.classes(), [&](int64_t i, auto count) {
+      constexpr int T = count.value;
+      const float* g = chunk.logits + (block.begin + i) * chunk.pitch;
+      float* out = layer.d_weight + (block.begin + i) * D;
+      for (int64_t d = begin; d < min(begin + part, D); d += kWidth) {
+        if constexpr (Add)
+#pragma GCC unroll 12
+          for (int t = 0; t < T; ++t)
+            for (int64_t line = 0; line < kWidth; line += 16) __builtin_prefetch(out + t * D + d + kWidth + line, 1);
+        auto finish = [&](int t, int h, V sum) __attribute__((always_inline)) {
+          const int64_t at = d + h * kLane;
+          float* p = out + t * D + at;
+          if (D - d >= kWidth)
+            store(p, Add ? load(p) + sum : sum);
+          else if (at < D)
+            store_first(p, Add ? load_first(p, min<int64_t>(D - at, kLane)) + sum : sum, min<int64_t>(D - at, kLane));
+        };
+        multiply_with<T, kWide, 0, kSoon>(g, chunk.pitch, 1, chunk.input + d * R, kLane, kWidth, R, finish);
+      }
+    });
 }
 
 // body(block, thread) for every block of classes
 template <class Body>
 PYFUSED_INLINE void for_blocks(const Layer& layer, int threads, const Body& body) {
   parallel_for(layer.blocks(), 1, threads, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t b = begin; b < end; ++b)
-      body(Block{b, b * layer.block(), min((b + 1) * layer.block(), layer.classes)}, thread);
+    for (int64_t b = begin; b < end; ++b) body(Block{b, b * kBlock, min((b + 1) * kBlock, layer.classes)}, thread);
   });
 }
 
@@ -281,7 +297,7 @@ Status linear_cross_entropy(View loss, View stats, View d_input, View d_weight, 
                   "must be contiguous float32 [V, rows + 16]");
 
   const Layer layer{weight.as<float>(), bias.as<float>(), d_weight.as<float>(), d_bias.as<float>(), classes, D};
-  const int64_t most = logits.shape[1] - kSkew, pitch = logits.shape[1], block = layer.block();
+  const int64_t most = logits.shape[1] - kSkew, pitch = logits.shape[1];
   const int64_t columns = round_up(most, kWidth) * D, rows = layer.panels() * kWidth * most,
                 stat = layer.blocks() * pitch;
   auto* memory = static_cast<float*>(scratch(0, sizeof(float) * (columns + rows + 2 * stat + 4 * pitch)));
@@ -308,7 +324,7 @@ Status linear_cross_entropy(View loss, View stats, View d_input, View d_weight, 
            stats.as<float>() + n, N);
     if (d_input) std::memset(partials, 0, sizeof(float) * threads * partial);
     for_blocks(layer, threads, [&](const Block& b, int thread) {
-      auto* factors = static_cast<float*>(scratch(2, sizeof(float) * (pitch + block * layer.panels() * kWidth)));
+      auto* factors = static_cast<float*>(scratch(2, sizeof(float) * (pitch + kBlock * layer.part())));
       multiply_factors(layer, chunk, b, n == 0, factors);
       if (d_input) add_d_input(layer, chunk, b, factors + pitch, partials + thread * partial);
       if (d_weight) n == 0 ? add_d_weight<false>(layer, chunk, b) : add_d_weight<true>(layer, chunk, b);

@@ -68,7 +68,7 @@ def _kernel_buffer(input, linear_weight, target, options):
     most = _KERNEL_ROWS if classes * _KERNEL_ROWS <= 10 << 20 else 128
     chunks = -(-rows // most)
     chunk = -(-rows // max(chunks, 1) // 32) * 32
-    few = rows < 64 or dims < 32 or classes < 2048 * threads
+    few = rows < 48 or dims < 8 or classes < 512 * threads
     if few or threads * chunk * dims > 16 << 20 or _C.isa() == "baseline":  # the BLAS may have vectors that it has not
         return None
     return cached(input.new_empty(classes, chunk + _SKEW))
