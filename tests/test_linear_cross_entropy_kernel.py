@@ -56,9 +56,8 @@ def eager(leaves, target, weight=None, reduction="mean", z_loss=0.0):
 def in_kernel(leaves, target, chunk, weight=None, reduction="mean", z_loss=0.0, needed=None):
     x, w, b = (*leaves, None)[:3]
     needed = [True, True, b is not None] if needed is None else needed
-    buffer = torch.full((len(w), chunk + 16), torch.nan)
     options = (needed, ce.REDUCTIONS.index(reduction), -100, 0.0, z_loss, 0.0)
-    return adapter._forward_in_kernel(buffer, x, w, b, target, weight, *options)
+    return adapter.forward_in_kernel(chunk, x, w, b, target, weight, *options)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -131,12 +130,44 @@ def test_what_is_not_finite_is_left_to_the_other_way(isa, bad, place):
         assert place == "weight" and eager(leaves, target)[0].isfinite()
 
 
+@pytest.mark.parametrize("kinds", [1, 4, 1000])
+@pytest.mark.parametrize("with_grads", [True, False])
+def test_rows_and_classes_of_one_id(isa, kinds, with_grads):
+    """All of them, which leaves the label alone; a quarter; hardly any."""
+    leaves, target, _, chunk = problem((70, 16, 200, 32))
+    ids = [torch.randint(kinds, (n,), generator=torch.Generator().manual_seed(n)).to(torch.int32) for n in (70, 200)]
+    x, w, b = (t.detach().double().requires_grad_() for t in leaves)
+    hit = (ids[0][:, None] == ids[1]) & (torch.arange(200) != target[:, None])
+    truth = F.cross_entropy(F.linear(x, w, b).masked_fill(hit, -torch.inf), target, reduction="none")
+    needed = (True,) * 3 if with_grads else (False,) * 3
+    given = (*(t.detach() for t in leaves), target, None, needed, ce.REDUCTIONS.index("sum"), -100, 0.0, 0.0, 0.0)
+    loss, _, stats, *grads = adapter.forward_in_kernel(chunk, *given, ids=ids)
+    torch.testing.assert_close(loss.double(), truth.sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats[2].double(), torch.expm1(-truth), rtol=1e-4, atol=1e-6)
+    for got, t in zip(grads, torch.autograd.grad(truth.sum(), (x, w, b)) if with_grads else ()):
+        torch.testing.assert_close(got.double(), t, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_loss_alone(isa, shape, reduction):
+    """Without gradients no logits are kept: a block's at a time."""
+    leaves, target, given, chunk = problem(shape, weights=True, ignored=True, z_loss=0.01, reduction=reduction)
+    truth, expected = (
+        eager([t.detach().to(d).requires_grad_() for t in leaves], target, **given)[0]
+        for d in (torch.float64, torch.float32)
+    )
+    loss, _, _, *grads = in_kernel(leaves, target, chunk, needed=(False,) * 3, **given)
+    check(loss, truth, expected, max_error(expected, truth), 0.0, "loss")
+    assert not any(g.numel() for g in grads)
+
+
 # --- When it is chosen
 @pytest.fixture
 def calls(monkeypatch):
     """What the kernel returned, call by call."""
-    found, run = [], adapter._run_kernel
-    monkeypatch.setattr(adapter, "_run_kernel", lambda *args: found.append(run(*args)) or found[-1])
+    found, run = [], adapter.run_kernel
+    monkeypatch.setattr(adapter, "run_kernel", lambda *args: found.append(run(*args)) or found[-1])
     return found
 
 
@@ -154,7 +185,7 @@ def test_training_in_float32_goes_to_the_kernel(calls, reduction):
     grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
     for got, t in zip([loss.detach(), *grads], truth):
         torch.testing.assert_close(got.double(), t, rtol=1e-4, atol=1e-6 * t.abs().max().item())
-    assert len(calls) == 1 and calls[0] is not None
+    assert len(calls) == (2 if reduction == "none" else 1) and None not in calls
 
 
 @pytest.mark.parametrize(
@@ -195,13 +226,19 @@ def test_arguments_that_do_not_fit_are_refused():
     f = torch.zeros
     good = {
         "loss": f(4), "stats": f(3, 4), "d_input": f(4, 8), "d_weight": f(5, 8), "d_bias": f(5), "logits": f(5, 48),
-        "input": f(4, 8), "weight": f(5, 8), "bias": f(5), "target": f(4, dtype=torch.int64), "upstream": f(4),
+        "input": f(4, 8), "weight": f(5, 8), "bias": f(5), "target": f(4, dtype=torch.int64),
+        "row_ids": f(4, dtype=torch.int32), "class_ids": f(5, dtype=torch.int32), "upstream": f(4),
     }  # fmt: skip
-    _C.linear_cross_entropy(*good.values(), 0.0, 1)
+    _C.linear_cross_entropy(*good.values(), 0.0, 32, 1)
     wrong = {
         "loss": f(3), "stats": f(2, 4), "d_input": f(4, 9), "d_weight": f(8, 5).t(), "d_bias": f(4), "logits": f(5, 16),
-        "input": f(4, 8, dtype=torch.float64), "weight": f(5, 7), "bias": f(4), "target": f(4), "upstream": f(5),
+        "input": f(4, 8, dtype=torch.float64), "weight": f(5, 7), "bias": f(4), "target": f(4),
+        "row_ids": None, "class_ids": f(5, dtype=torch.int64), "upstream": f(5),
     }  # fmt: skip
     for name, value in wrong.items():
-        with pytest.raises((ValueError, TypeError)):
-            _C.linear_cross_entropy(*(good | {name: value}).values(), 0.0, 1)
+        with pytest.raises(ValueError, match=name if name not in ("stats", "class_ids") else None):
+            _C.linear_cross_entropy(*(good | {name: value}).values(), 0.0, 32, 1)
+    with pytest.raises(ValueError, match="rows"):
+        _C.linear_cross_entropy(*good.values(), 0.0, 0, 1)
+    with pytest.raises(ValueError, match="logits"):  # needed for gradients
+        _C.linear_cross_entropy(*(good | {"logits": None}).values(), 0.0, 32, 1)

@@ -52,23 +52,24 @@ struct Layer {
 
 struct Chunk {
   int64_t rows, pitch;
-  float* logits;           // [V, pitch]: z, then e^(z - m), then g
   float *columns, *input;  // the rows as [panel of rows][D][kWidth] and as [panel of dims][R][kWidth], filled up with 0
   float *most, *sum;       // [blocks, pitch]: m, and ∑ e^(z - m) without the label
   float *label, *lse;      // [pitch]: z at the label, or -inf
   float *factor, *entry;   // [pitch]: upstream (1 + 2 z_loss lse), and g at the label
   const int64_t* target;
+  const int32_t *row_ids, *class_ids;  // [pitch] and [V], or null
   int64_t padded() const { return round_up(rows, kWidth); }
 };
 
 struct Block {
   int64_t number, begin, end;
+  float* z;  // [end - begin, pitch]: z, then e^(z - m), then g
   int64_t classes() const { return end - begin; }
   // body(row, z of that row's label) for labels in the block
   template <class Body>
   PYFUSED_INLINE void for_labels(const Chunk& chunk, const Body& body) const {
     for (int64_t r = 0; r < chunk.rows; ++r)
-      if (int64_t c = chunk.target[r]; c >= begin && c < end) body(r, chunk.logits[c * chunk.pitch + r]);
+      if (int64_t c = chunk.target[r]; c >= begin && c < end) body(r, z[(c - begin) * chunk.pitch + r]);
   }
 };
 
@@ -81,8 +82,8 @@ PYFUSED_INLINE void in_tiles(int64_t count, const Body& body) {
   for (; i < count; ++i) body(i, std::integral_constant<int, 1>{});
 }
 
-// Both arrangements of a chunk's rows.
-void arrange(const Layer& layer, const Chunk& chunk, const float* rows, int threads) {
+// Both arrangements of a chunk's rows, the second for gradients.
+void arrange(const Layer& layer, const Chunk& chunk, const float* rows, bool both, int threads) {
   const int64_t D = layer.dims, R = chunk.rows;
   parallel_for(chunk.padded() / kWidth, 1, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p)
@@ -91,7 +92,7 @@ void arrange(const Layer& layer, const Chunk& chunk, const float* rows, int thre
         for (int64_t r = p * kWidth; r < (p + 1) * kWidth; ++r) *out++ = r < R ? rows[r * D + d] : 0;
       }
   });
-  parallel_for(layer.panels(), 1, threads, [&](int64_t begin, int64_t end, int) {
+  parallel_for(both ? layer.panels() : 0, 1, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t q = begin; q < end; ++q)
       for (int64_t r = 0; r < R; ++r)
         for (int64_t d = q * kWidth; d < (q + 1) * kWidth; d += kLane)
@@ -103,11 +104,12 @@ void arrange(const Layer& layer, const Chunk& chunk, const float* rows, int thre
 // --- Pass 1
 // z of some classes, for `depth` dims from d on. What lies `ahead` of the weight is fetched, a share with every panel.
 template <int T, bool Add>
-PYFUSED_INLINE void multiply_part(const Layer& layer, const Chunk& chunk, int64_t c, int64_t d, int64_t depth,
-                                  const char* ahead) {
+PYFUSED_INLINE void multiply_part(const Layer& layer, const Chunk& chunk, const Block& block, int64_t i, int64_t d,
+                                  int64_t depth, const char* ahead) {
   const int64_t panels = chunk.padded() / kWidth, pitch = chunk.pitch, bytes = sizeof(float) * T / panels;
+  const int64_t c = block.begin + i;
   for (int64_t p = 0; p < panels; ++p) {
-    float* out = chunk.logits + c * pitch + p * kWidth;
+    float* out = block.z + i * pitch + p * kWidth;
     auto finish = [&](int t, int h, V sum) __attribute__((always_inline)) {
       float* z = out + t * pitch + h * kLane;
       store(z, sum + (Add ? load(z) : layer.bias ? splat(layer.bias[c + t]) : V{}));
@@ -124,25 +126,33 @@ void multiply_logits(const Layer& layer, const Chunk& chunk, const Block& block)
   for (int64_t d = 0; d < D; d += part)
     in_tiles(block.classes(), [&](int64_t i, auto count) {
       constexpr int T = count.value;
-      const int64_t c = block.begin + i, depth = min(part, D - d);
-      const float* next =
-          D > part ? layer.weight + block.end * D + block.classes() * d + i * depth : layer.weight + (c + T) * D;
+      const int64_t depth = min(part, D - d);
+      const float* next = D > part ? layer.weight + block.end * D + block.classes() * d + i * depth
+                                   : layer.weight + (block.begin + i + T) * D;
       const auto* ahead = reinterpret_cast<const char*>(next);
-      d ? multiply_part<T, true>(layer, chunk, c, d, depth, ahead)
-        : multiply_part<T, false>(layer, chunk, c, d, depth, ahead);
+      d ? multiply_part<T, true>(layer, chunk, block, i, d, depth, ahead)
+        : multiply_part<T, false>(layer, chunk, block, i, d, depth, ahead);
     });
 }
 
+// keep: pass 2 follows. A logit whose row and class share an id counts as -inf, but at the label.
+template <bool keep>
 void exponentials(const Chunk& chunk, const Block& block) {
   block.for_labels(chunk, [&](int64_t r, float& z) { chunk.label[r] = z, z = -kInfinity; });
   for (int64_t r = 0; r < chunk.padded(); r += kLane) {
-    float *first = chunk.logits + block.begin * chunk.pitch + r, *end = first + block.classes() * chunk.pitch;
+    float *first = block.z + r, *end = first + block.classes() * chunk.pitch;
     V most = splat(-kInfinity), sum = {};
+    if (chunk.row_ids) {
+      VecI32 ids;
+      std::memcpy(&ids, chunk.row_ids + r, sizeof ids);
+      const int32_t* id = chunk.class_ids + block.begin;
+      for (float* z = first; z < end; z += chunk.pitch) store(z, ids == *id++ ? splat(-kInfinity) : load(z));
+    }
     for (float* z = first; z < end; z += chunk.pitch) most = max(most, load(z));
     V shift = most > -kInfinity ? most : V{};
     for (float* z = first; z < end; z += chunk.pitch) {
       V e = exp(load(z) - shift);
-      store(z, e);
+      if constexpr (keep) store(z, e);
       sum += e;
     }
     store(chunk.most + block.number * chunk.pitch + r, most);
@@ -183,14 +193,15 @@ void multiply_factors(const Layer& layer, const Chunk& chunk, const Block& block
   const int64_t padded = chunk.padded(), pitch = chunk.pitch;
   for (int64_t r = 0; r < padded; r += kLane)
     store(factors + r, load(chunk.factor + r) * exp(load(chunk.most + block.number * pitch + r) - load(chunk.lse + r)));
-  for (int64_t c = block.begin; c < block.end; ++c) {
+  for (int64_t i = 0; i < block.classes(); ++i) {
+    float* z = block.z + i * pitch;
     V total = {};
     for (int64_t r = 0; r < padded; r += kLane) {
-      V g = load(chunk.logits + c * pitch + r) * load(factors + r);
-      store(chunk.logits + c * pitch + r, g);
+      V g = load(z + r) * load(factors + r);
+      store(z + r, g);
       total += g;
     }
-    if (layer.d_bias) layer.d_bias[c] = reduce_add(total) + (first ? 0 : layer.d_bias[c]);
+    if (layer.d_bias) layer.d_bias[block.begin + i] = reduce_add(total) + (first ? 0 : layer.d_bias[block.begin + i]);
   }
   block.for_labels(chunk, [&](int64_t r, float& g) {
     g = chunk.entry[r];
@@ -201,7 +212,6 @@ void multiply_factors(const Layer& layer, const Chunk& chunk, const Block& block
 // d_input += gᵀ · weight, a part of the dims after the other: its weights are packed as [panel of dims][class][kWidth].
 void add_d_input(const Layer& layer, const Chunk& chunk, const Block& block, float* packed, float* d_input) {
   const int64_t D = layer.dims, depth = block.classes(), part = layer.part(), row = layer.d_input_row();
-  const float* g = chunk.logits + block.begin * chunk.pitch;
   const int64_t share = ceil_div(depth, ceil_div(chunk.rows, kTile));
   for (int64_t begin = 0; begin < D; begin += part) {
     const int64_t end = min(begin + part, round_up(D, kWidth));
@@ -227,8 +237,8 @@ void add_d_input(const Layer& layer, const Chunk& chunk, const Block& block, flo
             r / kTile * share * D;
         for (int64_t c = 0; c < share; ++c, ahead += D)
           for (int64_t line = 0; line < kWidth; line += 16) __builtin_prefetch(ahead + line, 0, 2);
-        multiply_with<T, kWide, 0, kSoon>(g + r, 1, chunk.pitch, packed + (d - begin) * depth, kLane, kWidth, depth,
-                                          finish);
+        multiply_with<T, kWide, 0, kSoon>(block.z + r, 1, chunk.pitch, packed + (d - begin) * depth, kLane, kWidth,
+                                          depth, finish);
       }
     });
   }
@@ -241,7 +251,7 @@ void add_d_weight(const Layer& layer, const Chunk& chunk, const Block& block) {
   for (int64_t begin = 0; begin < D; begin += part)
     in_tiles(block.classes(), [&](int64_t i, auto count) {
       constexpr int T = count.value;
-      const float* g = chunk.logits + (block.begin + i) * chunk.pitch;
+      const float* g = block.z + i * chunk.pitch;
       float* out = layer.d_weight + (block.begin + i) * D;
       for (int64_t d = begin; d < min(begin + part, D); d += kWidth) {
         if constexpr (Add)
@@ -261,28 +271,34 @@ void add_d_weight(const Layer& layer, const Chunk& chunk, const Block& block) {
     });
 }
 
-// body(block, thread) for every block of classes
+// body(block, thread) for every block of classes. Without `logits` a thread has room for one block's.
 template <class Body>
-PYFUSED_INLINE void for_blocks(const Layer& layer, int threads, const Body& body) {
+PYFUSED_INLINE void for_blocks(const Layer& layer, const Chunk& chunk, float* logits, int threads, const Body& body) {
   parallel_for(layer.blocks(), 1, threads, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t b = begin; b < end; ++b) body(Block{b, b * kBlock, min((b + 1) * kBlock, layer.classes)}, thread);
+    auto* room = logits ? nullptr : static_cast<float*>(scratch(2, sizeof(float) * kBlock * chunk.pitch));
+    for (int64_t b = begin; b < end; ++b)
+      body(Block{b, b * kBlock, min((b + 1) * kBlock, layer.classes), room ? room : logits + b * kBlock * chunk.pitch},
+           thread);
   });
 }
 
 bool is_matrix(const View& v, int64_t rows, int64_t columns) {
   return v.ndim == 2 && v.dtype == DType::f32 && v.contiguous() && v.shape[0] == rows && v.shape[1] == columns;
 }
-bool is_vector(const View& v, int64_t size) {
-  return v.ndim == 1 && v.dtype == DType::f32 && v.contiguous() && v.shape[0] == size;
+bool is_vector(const View& v, int64_t size, DType dtype = DType::f32) {
+  return v.ndim == 1 && v.dtype == dtype && v.contiguous() && v.shape[0] == size;
 }
 
 }  // namespace
 
-// logits: [V, R + kSkew], working memory for chunks of R rows.
+// logits: [V, R + kSkew], working memory; rows: R, those of a chunk. Without logits the loss alone is computed. row_ids [N]
+// and class_ids [V]: both or neither.
 Status linear_cross_entropy(View loss, View stats, View d_input, View d_weight, View d_bias, View logits, View input,
-                            View weight, View bias, View target, View upstream, double z_loss, int threads) {
+                            View weight, View bias, View target, View row_ids, View class_ids, View upstream,
+                            double z_loss, int64_t rows, int threads) {
   PYFUSED_REQUIRE(input.ndim == 2 && weight.ndim == 2, "input", "and weight must be matrices");
-  const int64_t N = input.shape[0], D = input.shape[1], classes = weight.shape[0];
+  const int64_t N = input.shape[0], D = input.shape[1], classes = weight.shape[0], pitch = rows + kSkew;
+  PYFUSED_REQUIRE(rows > 0, "rows", "must be positive");
   PYFUSED_REQUIRE(D > 0 && is_matrix(input, N, D), "input", "must be contiguous float32 [N, D], D > 0");
   PYFUSED_REQUIRE(is_matrix(weight, classes, D), "weight", "must be contiguous float32 [V, D]");
   PYFUSED_REQUIRE(!bias || is_vector(bias, classes), "bias", "must be contiguous float32 [V]");
@@ -291,39 +307,56 @@ Status linear_cross_entropy(View loss, View stats, View d_input, View d_weight, 
   PYFUSED_REQUIRE(!d_bias || is_vector(d_bias, classes), "d_bias", "must be like bias");
   PYFUSED_REQUIRE(is_vector(loss, N) && is_matrix(stats, 3, N), "loss", "must be float32 [N], stats [3, N]");
   PYFUSED_REQUIRE(is_vector(upstream, N), "upstream", "must be contiguous float32 [N]");
-  PYFUSED_REQUIRE(target.ndim == 1 && target.dtype == DType::i64 && target.contiguous() && target.shape[0] == N,
-                  "target", "must be contiguous int64 [N]");
-  PYFUSED_REQUIRE(logits.ndim == 2 && is_matrix(logits, classes, logits.shape[1]) && logits.shape[1] > kSkew, "logits",
-                  "must be contiguous float32 [V, rows + 16]");
+  PYFUSED_REQUIRE(is_vector(target, N, DType::i64), "target", "must be contiguous int64 [N]");
+  PYFUSED_REQUIRE(
+      (!row_ids && !class_ids) || (is_vector(row_ids, N, DType::i32) && is_vector(class_ids, classes, DType::i32)),
+      "row_ids", "must be contiguous int32 [N], and class_ids [V]");
+  PYFUSED_REQUIRE(logits ? is_matrix(logits, classes, pitch) : !d_input && !d_weight && !d_bias, "logits",
+                  "must be contiguous float32 [V, rows + 16], or no gradient wanted");
 
   const Layer layer{weight.as<float>(), bias.as<float>(), d_weight.as<float>(), d_bias.as<float>(), classes, D};
-  const int64_t most = logits.shape[1] - kSkew, pitch = logits.shape[1];
-  const int64_t columns = round_up(most, kWidth) * D, rows = layer.panels() * kWidth * most,
-                stat = layer.blocks() * pitch;
-  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * (columns + rows + 2 * stat + 4 * pitch)));
-  const int64_t partial = most * layer.d_input_row();
-  auto* partials = static_cast<float*>(scratch(1, sizeof(float) * (d_input ? threads * partial : 0)));
+  auto* z = logits.as<float>();
   Chunk chunk{};
   chunk.pitch = pitch;
-  chunk.logits = logits.as<float>();
-  float** parts[] = {&chunk.columns, &chunk.input, &chunk.most,   &chunk.sum,
-                     &chunk.label,   &chunk.lse,   &chunk.factor, &chunk.entry};
-  const int64_t sizes[] = {columns, rows, stat, stat, pitch, pitch, pitch, pitch};
-  for (int i = 0; i < 8; ++i) *parts[i] = memory, memory += sizes[i];
+  chunk.class_ids = class_ids.as<int32_t>();
+  const int64_t stat = layer.blocks() * pitch, partial = rows * layer.d_input_row();
+  const struct {
+    float** part;
+    int64_t size;
+  } parts[] = {{&chunk.columns, round_up(rows, kWidth) * D},
+               {&chunk.input, layer.panels() * kWidth * rows},
+               {&chunk.most, stat},
+               {&chunk.sum, stat},
+               {&chunk.label, pitch},
+               {&chunk.lse, pitch},
+               {&chunk.factor, pitch},
+               {&chunk.entry, pitch}};
+  int64_t size = pitch;  // of ids
+  for (auto& p : parts) size += p.size;
+  auto* memory = static_cast<float*>(scratch(0, sizeof(float) * size));
+  auto* ids = reinterpret_cast<int32_t*>(memory);
+  memory += pitch;
+  for (auto& p : parts) *p.part = memory, memory += p.size;
+  auto* partials = static_cast<float*>(scratch(1, sizeof(float) * (d_input ? threads * partial : 0)));
 
-  for (int64_t n = 0; n < N; n += most) {
-    chunk.rows = min(most, N - n);
+  for (int64_t n = 0; n < N; n += rows) {
+    chunk.rows = min(rows, N - n);
     chunk.target = target.as<int64_t>() + n;
-    arrange(layer, chunk, input.as<float>() + n * D, threads);
-    for (int64_t r = 0; r < pitch; ++r) chunk.label[r] = -kInfinity, chunk.factor[r] = 0;
-    for_blocks(layer, threads, [&](const Block& b, int) {
+    arrange(layer, chunk, input.as<float>() + n * D, z != nullptr, threads);
+    for (int64_t r = 0; r < pitch; ++r) chunk.label[r] = -kInfinity, chunk.factor[r] = 0, ids[r] = -1;
+    if (row_ids) {
+      std::memcpy(ids, row_ids.as<int32_t>() + n, sizeof(int32_t) * chunk.rows);
+      chunk.row_ids = ids;
+    }
+    for_blocks(layer, chunk, z, threads, [&](const Block& b, int) {
       multiply_logits(layer, chunk, b);
-      exponentials(chunk, b);
+      z ? exponentials<true>(chunk, b) : exponentials<false>(chunk, b);
     });
     losses(layer, chunk, upstream.as<float>() + n, static_cast<float>(z_loss), loss.as<float>() + n,
            stats.as<float>() + n, N);
+    if (!z) continue;
     if (d_input) std::memset(partials, 0, sizeof(float) * threads * partial);
-    for_blocks(layer, threads, [&](const Block& b, int thread) {
+    for_blocks(layer, chunk, z, threads, [&](const Block& b, int thread) {
       auto* factors = static_cast<float*>(scratch(2, sizeof(float) * (pitch + kBlock * layer.part())));
       multiply_factors(layer, chunk, b, n == 0, factors);
       if (d_input) add_d_input(layer, chunk, b, factors + pitch, partials + thread * partial);

@@ -25,7 +25,7 @@ _NONE, _SUM = (ce.REDUCTIONS.index(r) for r in ("none", "sum"))
 _BLOCK = 8 << 20  # bytes of a block of logits: at 2 MiB forward of 1024 x 384 x 50257 is a fifth slower
 
 
-_KERNEL_ROWS = 192  # of a chunk, at most; of 128 the whole takes 5% longer
+_KERNEL_ROWS = 128  # of a chunk, at most: 192 are 2% faster, 96 4% slower
 _SKEW = 16  # floats behind each row of the kernel's buffer
 
 
@@ -59,19 +59,20 @@ def _by_classes(chunk, input, target, label_smoothing, with_grads) -> bool:
     return _fast_products(input) and len(chunk) < len(input)
 
 
-def _kernel_buffer(input, linear_weight, target, options):
-    """A chunk's logits for the kernel, or None where it cannot do this or is not the fastest."""
-    (rows, dims), classes, threads = input.shape, len(linear_weight), torch.get_num_threads()
-    _, label_smoothing, _, softcap = options
-    if target.is_floating_point() or label_smoothing or softcap or input.dtype != torch.float32:
-        return None
-    most = _KERNEL_ROWS if classes * _KERNEL_ROWS <= 10 << 20 else 128
-    chunks = -(-rows // most)
-    chunk = -(-rows // max(chunks, 1) // 32) * 32
+def kernel_rows(rows, dims, classes, dtype, most=_KERNEL_ROWS) -> int:
+    """How many rows the kernel should take at a time; 0 where it cannot do this or is not the fastest."""
+    threads = torch.get_num_threads()
+    if dtype != torch.float32 or _C.isa() == "baseline":  # the BLAS may have vectors that baseline has not
+        return 0
+    chunk = -(-rows // max(-(-rows // most), 1) // 32) * 32
     few = rows < 48 or dims < 8 or classes < 512 * threads
-    if few or threads * chunk * dims > 16 << 20 or _C.isa() == "baseline":  # the BLAS may have vectors that it has not
-        return None
-    return cached(input.new_empty(classes, chunk + _SKEW))
+    return 0 if few or threads * chunk * dims > 16 << 20 else chunk
+
+
+def _rows(input, linear_weight, target, label_smoothing, softcap) -> int:
+    if target.is_floating_point() or label_smoothing or softcap:  # not in the kernel
+        return 0
+    return kernel_rows(*input.shape, len(linear_weight), input.dtype)
 
 
 def _counted_rows(input, target, weight, classes, ignore_index):
@@ -143,43 +144,52 @@ class _Classes:
             d_input.copy_(sums)
 
 
-def _run_kernel(buffer, grads, input, linear_weight, linear_bias, target, counted, upstream, z_loss):
-    """(loss per row, stats), and the gradients; None where a result is not finite, for which the kernel is not made."""
+def run_kernel(rows, grads, input, linear_weight, linear_bias, labels, upstream, z_loss=0.0, ids=None):
+    """(loss per row, stats), and the gradients; None where a result is not finite, for which the kernel is not made.
+
+    ids: those of the rows and those of the classes, int32; where they are the same a logit counts as -inf, but at the
+    label. Labels outside [0, V) are none.
+    """
     losses, stats = torch.empty_like(upstream), upstream.new_empty(3, len(input))
-    given = (input.contiguous(), linear_weight.contiguous(), None if linear_bias is None else linear_bias.contiguous())
-    labels = target.where(counted, -1).to(torch.int64)
     grads = [d if d.numel() else None for d in grads]
-    _C.linear_cross_entropy(
-        losses, stats, *grads, buffer, *given, labels, upstream.contiguous(), z_loss, torch.get_num_threads()
-    )
+    with_grads = any(d is not None for d in grads)
+    buffer = cached(input.new_empty(len(linear_weight), rows + _SKEW)) if with_grads else None
+    given = (input.contiguous(), linear_weight.contiguous(), None if linear_bias is None else linear_bias.contiguous())
+    given += (labels.to(torch.int64), *(ids or (None, None)), upstream.contiguous())
+    _C.linear_cross_entropy(losses, stats, *grads, buffer, *given, z_loss, rows, torch.get_num_threads())
     return (losses, stats) if losses.isfinite().all() and stats[0].isfinite().all() else None
 
 
 @torch.no_grad()
-def _forward_in_kernel(buffer, input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
+def forward_in_kernel(rows, input, linear_weight, linear_bias, target, weight, needed, reduction, *options, ids=None):
+    """The registered op, `rows` at a time, or None. ids: as `run_kernel`'s."""
     ignore_index, _, z_loss, _ = options
     counted, weights = _counted_rows(input, target, weight, len(linear_weight), ignore_index)
     loss, total, _, *grads = op.alloc(input, linear_weight, linear_bias, target, weight, needed, reduction)
     total.copy_(weights.sum(dtype=torch.float64))
-    mean = reduction != _SUM
+    mean = reduction not in (_NONE, _SUM)
     upstream = weights * torch.where(total == 0, 0, 1 / total) if mean else weights
     grads = [cached(d) for d in grads]
-    found = _run_kernel(buffer, grads, input, linear_weight, linear_bias, target, counted, upstream, z_loss)
+    layer = (input, linear_weight, linear_bias)
+    found = run_kernel(rows, grads, *layer, target.where(counted, -1), upstream, z_loss, ids)
     if found is None:
         return None
     losses, stats = found
-    losses += z_loss * stats[0] * stats[0]
-    loss.copy_((losses * weights).sum(dtype=torch.float64) / (total if mean else 1))
+    losses = (losses + z_loss * stats[0] * stats[0]) * weights
+    loss.copy_(losses if reduction == _NONE else losses.sum(dtype=torch.float64) / (total if mean else 1))
     return loss, total, stats, *grads
 
 
 @torch.no_grad()
-def _backward_in_kernel(buffer, grad_loss, input, linear_weight, linear_bias, target, weight, needed, *options):
+def backward_in_kernel(
+    rows, grad_loss, input, linear_weight, linear_bias, target, weight, needed, *options, ids=None
+):  # fmt: skip
+    """The same for the op's backward, where the reduction is "none"."""
     ignore_index, _, z_loss, _ = options
     counted, weights = _counted_rows(input, target, weight, len(linear_weight), ignore_index)
     grads = [cached(d) for d in op.alloc_grads(input, linear_weight, needed)]
-    upstream = grad_loss * weights
-    found = _run_kernel(buffer, grads, input, linear_weight, linear_bias, target, counted, upstream, z_loss)
+    layer = (input, linear_weight, linear_bias)
+    found = run_kernel(rows, grads, *layer, target.where(counted, -1), grad_loss * weights, z_loss, ids)
     return None if found is None else tuple(grads)
 
 
@@ -215,22 +225,24 @@ def _backward_by_classes(grad_loss, input, linear_weight, linear_bias, target, w
 @kernel("linear_cross_entropy", "cpu")
 def forward(input, linear_weight, linear_bias, target, weight, needed, reduction, *options):
     given = (input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
+    _, label_smoothing, _, softcap = options
     with_grads = reduction != _NONE and any(needed)
-    buffer = _kernel_buffer(input, linear_weight, target, options) if with_grads else None
-    if buffer is not None and (done := _forward_in_kernel(buffer, *given)):
+    rows = _rows(input, linear_weight, target, label_smoothing, softcap)
+    if rows and (done := forward_in_kernel(rows, *given)):
         return done
     chunk = _chunk(input, linear_weight)
-    done = _forward_by_classes(*given) if _by_classes(chunk, input, target, options[1], with_grads) else None
+    done = _forward_by_classes(*given) if _by_classes(chunk, input, target, label_smoothing, with_grads) else None
     return done or op.run_forward(chunk, *given, recycle=cached)
 
 
 @kernel("linear_cross_entropy_backward", "cpu")
 def backward(grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options):
     given = (grad_loss, input, linear_weight, linear_bias, target, weight)
-    buffer = _kernel_buffer(input, linear_weight, target, options)
-    if buffer is not None and (done := _backward_in_kernel(buffer, *given, needed, *options)):
+    _, label_smoothing, _, softcap = options
+    rows = _rows(input, linear_weight, target, label_smoothing, softcap)
+    if rows and (done := backward_in_kernel(rows, *given, needed, *options)):
         return done
     chunk = _chunk(input, linear_weight)
-    if _by_classes(chunk, input, target, options[1], True) and stats.isfinite().all():
+    if _by_classes(chunk, input, target, label_smoothing, True) and stats.isfinite().all():
         return _backward_by_classes(*given, stats, needed, *options)
     return op.run_backward(chunk, *given, total, stats, needed, *options, recycle=cached)
