@@ -18,7 +18,7 @@ from array import array
 PAGE = 4096
 SILU, GELU = 5, 6  # places in pyfused.ops.conv_act.ACTIVATIONS
 PERIOD = 4093  # values repeat after this prime number of elements
-DTYPES = {"float32": (2, 32), "bfloat16": (4, 16), "int64": (0, 64), "uint8": (1, 8)}  # DLPack: kind, bits
+DTYPES = {"float32": (2, 32), "bfloat16": (4, 16), "int32": (0, 32), "int64": (0, 64), "uint8": (1, 8)}  # kind, bits
 
 
 class DLTensor(ctypes.Structure):
@@ -115,8 +115,8 @@ class Tensor:
 def pattern(dtype: str, below: int) -> bytes:
     """PERIOD scrambled values: floating point in [-1, 1], ids in [0, below), pooling codes 0 to 3 or 255 (dead)."""
     scrambled = [i * 1597 % PERIOD for i in range(PERIOD)]
-    if dtype == "int64":
-        return array("q", [x % below for x in scrambled]).tobytes()
+    if dtype in ("int32", "int64"):
+        return array("i" if dtype == "int32" else "q", [x % below for x in scrambled]).tobytes()
     if dtype == "uint8":
         return bytes((0, 1, 2, 3, 255)[x % 5] for x in scrambled)
     single = array("f", [2 * x / PERIOD - 1 for x in scrambled])
@@ -145,10 +145,15 @@ def cross_entropy_cases():
 
 def linear_cross_entropy_cases():
     for rows, dims, classes in ((50, 40, 200), (40, 600, 101)):
-        outputs = (Tensor(rows), Tensor(3, rows), Tensor(rows, dims), Tensor(classes, dims), Tensor(classes))
+        losses = (Tensor(rows), Tensor(3, rows))
+        grads = (Tensor(rows, dims), Tensor(classes, dims), Tensor(classes), Tensor(classes, 48))
         layer = (Tensor(rows, dims), Tensor(classes, dims), Tensor(classes))
-        rest = (Tensor(rows, dtype="int64", below=classes), Tensor(rows), 0.0, 1)
-        yield "linear_cross_entropy", f"{rows}x{dims}x{classes}", (*outputs, Tensor(classes, 48), *layer, *rest)
+        labels, upstream = Tensor(rows, dtype="int64", below=classes), Tensor(rows)
+        given = (*losses, *grads, *layer, labels, None, None, upstream, 0.0, 32, 1)
+        yield "linear_cross_entropy", f"{rows}x{dims}x{classes}", given
+    ids = (Tensor(rows, dtype="int32", below=20), Tensor(classes, dtype="int32", below=20))
+    given = (*losses, *(None,) * 4, *layer, labels, *ids, upstream, 0.0, 32, 1)
+    yield "linear_cross_entropy", f"{rows}x{dims}x{classes} loss alone, ids", given
 
 
 def direct_cases():
