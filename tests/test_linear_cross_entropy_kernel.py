@@ -238,7 +238,8 @@ def test_arguments_that_do_not_fit_are_refused():
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name if name not in ("stats", "class_ids") else None):
             _C.linear_cross_entropy(*(good | {name: value}).values(), 0.0, 32, 1)
-    with pytest.raises(ValueError, match="rows"):
-        _C.linear_cross_entropy(*good.values(), 0.0, 0, 1)
+    for rows in (0, -32, 40):  # 40: not whole vectors
+        with pytest.raises(ValueError, match="rows"):
+            _C.linear_cross_entropy(*good.values(), 0.0, rows, 1)
     with pytest.raises(ValueError, match="logits"):  # needed for gradients
         _C.linear_cross_entropy(*(good | {"logits": None}).values(), 0.0, 32, 1)

@@ -298,7 +298,7 @@ Status linear_cross_entropy(View loss, View stats, View d_input, View d_weight, 
                             double z_loss, int64_t rows, int threads) {
   PYFUSED_REQUIRE(input.ndim == 2 && weight.ndim == 2, "input", "and weight must be matrices");
   const int64_t N = input.shape[0], D = input.shape[1], classes = weight.shape[0], pitch = rows + kSkew;
-  PYFUSED_REQUIRE(rows > 0, "rows", "must be positive");
+  PYFUSED_REQUIRE(rows > 0 && rows % 32 == 0, "rows", "must be a multiple of 32");  // of kWidth, on every ISA
   PYFUSED_REQUIRE(D > 0 && is_matrix(input, N, D), "input", "must be contiguous float32 [N, D], D > 0");
   PYFUSED_REQUIRE(is_matrix(weight, classes, D), "weight", "must be contiguous float32 [V, D]");
   PYFUSED_REQUIRE(!bias || is_vector(bias, classes), "bias", "must be contiguous float32 [V]");
