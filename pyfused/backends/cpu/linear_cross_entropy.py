@@ -1,9 +1,9 @@
 """linear_cross_entropy on the CPU: three ways.
 
-csrc/cpu/kernels/linear_cross_entropy.cpp does all of it where gradients are made in float32. Else the BLAS multiplies,
-with cross_entropy's kernel on blocks of logits between: chunks of rows, as the op's page describes, or blocks of
-classes for all rows. By classes every row's log-sum-exp is known only after the last block, so gradients need the
-logits a second time: four products instead of three. Still blocks of classes are taken
+csrc/cpu/kernels/linear_cross_entropy.cpp does all of it, for labels in float32 without smoothing or softcap. Else the
+BLAS multiplies, with cross_entropy's kernel on blocks of logits between: chunks of rows, as the op's page describes, or
+blocks of classes for all rows. By classes every row's log-sum-exp is known only after the last block, so gradients need
+the logits a second time: four products instead of three. Still blocks of classes are taken
 
 - where no gradients are made: one product either way, and the BLAS packs the weight once, not for every chunk;
 - for bfloat16 on a CPU with AMX, where a product costs less than what a chunk of rows costs besides: packing the weight
@@ -23,8 +23,6 @@ from .widen import product_dtype
 
 _NONE, _SUM = (ce.REDUCTIONS.index(r) for r in ("none", "sum"))
 _BLOCK = 8 << 20  # bytes of a block of logits: at 2 MiB forward of 1024 x 384 x 50257 is a fifth slower
-
-
 _KERNEL_ROWS = 128  # of a chunk, at most: 192 are 2% faster, 96 4% slower
 _SKEW = 16  # floats behind each row of the kernel's buffer
 
@@ -81,7 +79,9 @@ def _counted_rows(input, target, weight, classes, ignore_index):
     if error := op.out_of_range(target, classes, ignore_index):
         raise error
     weights = counted.to(ce.arithmetic_dtype(input))
-    return counted, weights if weight is None else weights * weight[target.where(counted, 0)]
+    if weight is not None:
+        weights *= weight[target.where(counted, 0)]
+    return counted, weights
 
 
 class _Classes:
@@ -147,15 +147,15 @@ class _Classes:
 def run_kernel(rows, grads, input, linear_weight, linear_bias, labels, upstream, z_loss=0.0, ids=None):
     """(loss per row, stats), and the gradients; None where a result is not finite, for which the kernel is not made.
 
-    ids: those of the rows and those of the classes, int32; where they are the same a logit counts as -inf, but at the
-    label. Labels outside [0, V) are none.
+    labels: int64, none where outside [0, V). ids: those of the rows and those of the classes, int32; where they are the
+    same a logit counts as -inf, but at the label.
     """
     losses, stats = torch.empty_like(upstream), upstream.new_empty(3, len(input))
     grads = [d if d.numel() else None for d in grads]
     with_grads = any(d is not None for d in grads)
     buffer = cached(input.new_empty(len(linear_weight), rows + _SKEW)) if with_grads else None
     given = (input.contiguous(), linear_weight.contiguous(), None if linear_bias is None else linear_bias.contiguous())
-    given += (labels.to(torch.int64), *(ids or (None, None)), upstream.contiguous())
+    given += (labels, *(ids or (None, None)), upstream.contiguous())
     _C.linear_cross_entropy(losses, stats, *grads, buffer, *given, z_loss, rows, torch.get_num_threads())
     return (losses, stats) if losses.isfinite().all() and stats[0].isfinite().all() else None
 
@@ -171,7 +171,7 @@ def forward_in_kernel(rows, input, linear_weight, linear_bias, target, weight, n
     upstream = weights * torch.where(total == 0, 0, 1 / total) if mean else weights
     grads = [cached(d) for d in grads]
     layer = (input, linear_weight, linear_bias)
-    found = run_kernel(rows, grads, *layer, target.where(counted, -1), upstream, z_loss, ids)
+    found = run_kernel(rows, grads, *layer, target.to(torch.int64).where(counted, -1), upstream, z_loss, ids)
     if found is None:
         return None
     losses, stats = found
@@ -189,7 +189,7 @@ def backward_in_kernel(
     counted, weights = _counted_rows(input, target, weight, len(linear_weight), ignore_index)
     grads = [cached(d) for d in op.alloc_grads(input, linear_weight, needed)]
     layer = (input, linear_weight, linear_bias)
-    found = run_kernel(rows, grads, *layer, target.where(counted, -1), grad_loss * weights, z_loss, ids)
+    found = run_kernel(rows, grads, *layer, target.to(torch.int64).where(counted, -1), grad_loss * weights, z_loss, ids)
     return None if found is None else tuple(grads)
 
 
