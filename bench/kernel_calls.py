@@ -149,10 +149,10 @@ def linear_cross_entropy_cases():
         grads = (Tensor(rows, dims), Tensor(classes, dims), Tensor(classes), Tensor(classes, 48))
         layer = (Tensor(rows, dims), Tensor(classes, dims), Tensor(classes))
         labels, upstream = Tensor(rows, dtype="int64", below=classes), Tensor(rows)
-        given = (*losses, *grads, *layer, labels, None, None, upstream, 0.0, 32, 1)
+        given = (*losses, *grads, *layer, labels, None, None, upstream, 0.0, 0.0, 32, 1)
         yield "linear_cross_entropy", f"{rows}x{dims}x{classes}", given
     ids = (Tensor(rows, dtype="int32", below=20), Tensor(classes, dtype="int32", below=20))
-    given = (*losses, *(None,) * 4, *layer, labels, *ids, upstream, 0.0, 32, 1)
+    given = (*losses, *(None,) * 4, *layer, labels, *ids, upstream, 0.0, 0.0, 32, 1)
     yield "linear_cross_entropy", f"{rows}x{dims}x{classes} loss alone, ids", given
 
 

@@ -32,6 +32,8 @@ OPTIONS = {
     "z_loss": {"z_loss": 0.02},
     "weights": {"weights": True, "ignored": True},
     "ignored": {"ignored": True},
+    "smoothing": {"ignored": True, "label_smoothing": 0.1, "z_loss": 0.01},
+    "all smoothing": {"label_smoothing": 1.0, "bias": False},
 }
 
 
@@ -46,17 +48,17 @@ def problem(shape, bias=True, weights=False, ignored=False, **options):
     return [t.requires_grad_() for t in leaves], target, given | options, chunk
 
 
-def eager(leaves, target, weight=None, reduction="mean", z_loss=0.0):
+def eager(leaves, target, weight=None, reduction="mean", label_smoothing=0.0, z_loss=0.0):
     """Loss and gradients, in the dtype of `leaves`."""
     weight = None if weight is None else weight.to(leaves[0].dtype)
-    loss = ce.reference(F.linear(*leaves), target, weight, -100, reduction, 0.0, z_loss=z_loss)
+    loss = ce.reference(F.linear(*leaves), target, weight, -100, reduction, label_smoothing, z_loss=z_loss)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.ones_like(loss))]
 
 
-def in_kernel(leaves, target, chunk, weight=None, reduction="mean", z_loss=0.0, needed=None):
+def in_kernel(leaves, target, chunk, weight=None, reduction="mean", label_smoothing=0.0, z_loss=0.0, needed=None):
     x, w, b = (*leaves, None)[:3]
     needed = [True, True, b is not None] if needed is None else needed
-    options = (needed, ce.REDUCTIONS.index(reduction), -100, 0.0, z_loss, 0.0)
+    options = (needed, ce.REDUCTIONS.index(reduction), -100, label_smoothing, z_loss, 0.0)
     return adapter.forward_in_kernel(chunk, x, w, b, target, weight, *options)
 
 
@@ -174,30 +176,34 @@ def calls(monkeypatch):
 LARGE = (200, 40, 512 * torch.get_num_threads() + 7000, 64)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_training_in_float32_goes_to_the_kernel(calls, reduction):
+def test_training_in_float32_goes_to_the_kernel(calls, reduction, label_smoothing):
     if _C.isa() == "baseline":
         pytest.skip("this CPU has neither AVX2 nor AVX-512")
-    leaves, target, given, _ = problem(LARGE, ignored=True, weights=True, z_loss=0.01)
+    leaves, target, given, _ = problem(LARGE, ignored=True, weights=not label_smoothing, z_loss=0.01)
+    given["label_smoothing"] = label_smoothing
     truth = eager([t.detach().double().requires_grad_() for t in leaves], target, reduction=reduction, **given)
     x, w, b = leaves
     loss = PF.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, **given)
     grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
     for got, t in zip([loss.detach(), *grads], truth):
         torch.testing.assert_close(got.double(), t, rtol=1e-4, atol=1e-6 * t.abs().max().item())
-    assert len(calls) == (2 if reduction == "none" else 1) and None not in calls
+    assert None not in calls
+    # Smoothed, without a reduction, it is not the kernel's.
+    assert len(calls) == (1 if reduction != "none" else 0 if label_smoothing else 2)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "weight": torch.ones(LARGE[2])},
         {"softcap": 5.0},
         {"dtype": torch.float64},
         {"rows": 40},
         {"rows": 1000, "classes": 400},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options),
 )
 def test_what_the_kernel_is_not_for(calls, options):
     options = dict(options)
@@ -229,7 +235,7 @@ def test_arguments_that_do_not_fit_are_refused():
         "input": f(4, 8), "weight": f(5, 8), "bias": f(5), "target": f(4, dtype=torch.int64),
         "row_ids": f(4, dtype=torch.int32), "class_ids": f(5, dtype=torch.int32), "upstream": f(4),
     }  # fmt: skip
-    _C.linear_cross_entropy(*good.values(), 0.0, 32, 1)
+    _C.linear_cross_entropy(*good.values(), 0.0, 0.0, 32, 1)
     wrong = {
         "loss": f(3), "stats": f(2, 4), "d_input": f(4, 9), "d_weight": f(8, 5).t(), "d_bias": f(4), "logits": f(5, 16),
         "input": f(4, 8, dtype=torch.float64), "weight": f(5, 7), "bias": f(4), "target": f(4),
@@ -237,9 +243,9 @@ def test_arguments_that_do_not_fit_are_refused():
     }  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name if name not in ("stats", "class_ids") else None):
-            _C.linear_cross_entropy(*(good | {name: value}).values(), 0.0, 32, 1)
+            _C.linear_cross_entropy(*(good | {name: value}).values(), 0.0, 0.0, 32, 1)
     for rows in (0, -32, 40):  # 40: not whole vectors
         with pytest.raises(ValueError, match="rows"):
-            _C.linear_cross_entropy(*good.values(), 0.0, rows, 1)
+            _C.linear_cross_entropy(*good.values(), 0.0, 0.0, rows, 1)
     with pytest.raises(ValueError, match="logits"):  # needed for gradients
-        _C.linear_cross_entropy(*(good | {"logits": None}).values(), 0.0, 32, 1)
+        _C.linear_cross_entropy(*(good | {"logits": None}).values(), 0.0, 0.0, 32, 1)

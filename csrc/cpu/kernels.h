@@ -12,9 +12,9 @@
   K(cross_entropy_backward,                                                                                            \
     (View grad_input, View grad_loss, View grad_lse, View input, View target, View weight, View stats, View total,     \
      int reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads))         \
-  K(linear_cross_entropy,                                                                                              \
-    (View loss, View stats, View d_input, View d_weight, View d_bias, View logits, View input, View weight, View bias, \
-     View target, View row_ids, View class_ids, View upstream, double z_loss, int64_t rows, int threads))              \
+  K(linear_cross_entropy, (View loss, View stats, View d_input, View d_weight, View d_bias, View logits, View input,   \
+                           View weight, View bias, View target, View row_ids, View class_ids, View upstream,           \
+                           double smoothing, double z_loss, int64_t rows, int threads))                                \
   K(conv2d_direct, (View out, View code, View input, View weight, View bias, int64_t stride_h, int64_t stride_w,       \
                     int64_t pad_h, int64_t pad_w, int threads))                                                        \
   K(conv2d_direct_backward_weight, (View d_weight, View d_bias, View grad, View saved, View input, int64_t stride_h,   \

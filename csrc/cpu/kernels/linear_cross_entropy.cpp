@@ -1,7 +1,7 @@
 // Cross-entropy of a linear layer, its loss and all gradients, a chunk of rows at a time: nothing N x V exists.
 //
 //   z = input · weightᵀ + bias                              loss[n] = lse[n] - z[n, target[n]],  lse[n] = log ∑_c e^z[n, c]
-//   g[n, c] = upstream[n] ((1 + 2 z_loss lse[n]) p[n, c] - (c = target[n])),   p[n, c] = e^(z[n, c] - lse[n])
+//   g[n, c] = upstream[n] ((1 + 2 z_loss lse[n]) p[n, c] - (c = target[n]) (1 - smoothing)),  p[n, c] = e^(z[n, c] - lse[n])
 //   d_input = g · weight,  d_weight = gᵀ · input,  d_bias = ∑_n g
 //
 // N rows, D dims, V classes, float32; R rows to a chunk. Two passes over the classes for each chunk, a block at a time:
@@ -17,6 +17,8 @@
 // Traffic per chunk: weight twice, d_weight read and written, g written, read and written: 4 V (4 D + 3 R) bytes.
 // Saves   stats: lse; 1; p[n, target[n]] - 1, exact where p is near 1.
 // Order   of sums: that of the blocks, which are dealt to threads by number: the same bits for the same number of threads.
+//         With smoothing the loss is still that of the label, and what the other classes' share of it has for gradient, of
+//         rank one, is the caller's to add.
 // Edges   a target outside [0, V) is a row without a label: its loss is 0. Infinite or NaN logits (-inf from the bias
 //         aside), and -inf at a label, give a loss or an lse that is not finite, and gradients that mean nothing.
 #include "cpu/kernels/linear_cross_entropy.h"
@@ -58,8 +60,8 @@ void exponentials(const Chunk& chunk, const Block& block) {
 }
 
 // --- Between the passes. Each row's softmax is own / (own + rest) at the label; all are relative to the largest logit.
-void losses(const Layer& layer, const Chunk& chunk, const float* upstream, float z_loss, float* loss, float* stats,
-            int64_t stat) {
+void losses(const Layer& layer, const Chunk& chunk, const float* upstream, float smoothing, float z_loss, float* loss,
+            float* stats, int64_t stat) {
   for (int64_t r = 0; r < chunk.padded(); r += kLane) {
     const V label = load(chunk.label + r);
     V most = label, rest = {};
@@ -74,7 +76,7 @@ void losses(const Layer& layer, const Chunk& chunk, const float* upstream, float
     if (n <= 0) continue;
     const V g = load_first(upstream + r, n), of_lse = g * (2 * z_loss) * lse;
     store(chunk.factor + r, g + of_lse);
-    store(chunk.entry + r, of_lse * (own / all) - g * (rest / all));
+    store(chunk.entry + r, of_lse * (own / all) - g * (rest / all - smoothing));
     store_first(loss + r, value, n);
     store_first(stats + r, lse, n);
     store_first(stats + stat + r, splat(1.0f), n);
@@ -130,7 +132,7 @@ bool is_vector(const View& v, int64_t size, DType dtype = DType::f32) {
 // and class_ids [V]: both or neither.
 Status linear_cross_entropy(View loss, View stats, View d_input, View d_weight, View d_bias, View logits, View input,
                             View weight, View bias, View target, View row_ids, View class_ids, View upstream,
-                            double z_loss, int64_t rows, int threads) {
+                            double smoothing, double z_loss, int64_t rows, int threads) {
   PYFUSED_REQUIRE(input.ndim == 2 && weight.ndim == 2, "input", "and weight must be matrices");
   const int64_t N = input.shape[0], D = input.shape[1], classes = weight.shape[0], pitch = rows + kSkew;
   PYFUSED_REQUIRE(rows > 0 && rows % 32 == 0, "rows", "must be a multiple of 32");  // of kWidth, on every ISA
@@ -187,8 +189,8 @@ Status linear_cross_entropy(View loss, View stats, View d_input, View d_weight, 
       multiply_logits(layer, chunk, b);
       z ? exponentials<true>(chunk, b) : exponentials<false>(chunk, b);
     });
-    losses(layer, chunk, upstream.as<float>() + n, static_cast<float>(z_loss), loss.as<float>() + n,
-           stats.as<float>() + n, N);
+    losses(layer, chunk, upstream.as<float>() + n, static_cast<float>(smoothing), static_cast<float>(z_loss),
+           loss.as<float>() + n, stats.as<float>() + n, N);
     if (!z) continue;
     if (d_input) std::memset(partials, 0, sizeof(float) * threads * partial);
     for_blocks(layer, chunk, z, threads, [&](const Block& b, int thread) {

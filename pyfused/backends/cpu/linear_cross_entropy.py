@@ -1,6 +1,6 @@
 """linear_cross_entropy on the CPU: three ways.
 
-csrc/cpu/kernels/linear_cross_entropy.cpp does all of it, for labels in float32 without smoothing or softcap. Else the
+csrc/cpu/kernels/linear_cross_entropy.cpp does all of it, for labels in float32 without softcap. Else the
 BLAS multiplies, with cross_entropy's kernel on blocks of logits between: chunks of rows, as the op's page describes, or
 blocks of classes for all rows. By classes every row's log-sum-exp is known only after the last block, so gradients need
 the logits a second time: four products instead of three. Still blocks of classes are taken
@@ -67,8 +67,9 @@ def kernel_rows(rows, dims, classes, dtype, most=_KERNEL_ROWS) -> int:
     return 0 if few or threads * chunk * dims > 16 << 20 else chunk
 
 
-def _rows(input, linear_weight, target, label_smoothing, softcap) -> int:
-    if target.is_floating_point() or label_smoothing or softcap:  # not in the kernel
+def _rows(input, linear_weight, target, weight, reduction, label_smoothing, softcap) -> int:
+    smoothed = label_smoothing != 0 and (weight is not None or reduction == _NONE)
+    if target.is_floating_point() or softcap or smoothed:  # not in the kernel
         return 0
     return kernel_rows(*input.shape, len(linear_weight), input.dtype)
 
@@ -144,7 +145,7 @@ class _Classes:
             d_input.copy_(sums)
 
 
-def run_kernel(rows, grads, input, linear_weight, linear_bias, labels, upstream, z_loss=0.0, ids=None):
+def run_kernel(rows, grads, input, linear_weight, linear_bias, labels, upstream, label_smoothing, z_loss, ids):
     """(loss per row, stats), and the gradients; None where a result is not finite, for which the kernel is not made.
 
     labels: int64, none where outside [0, V). ids: those of the rows and those of the classes, int32; where they are the
@@ -156,14 +157,30 @@ def run_kernel(rows, grads, input, linear_weight, linear_bias, labels, upstream,
     buffer = cached(input.new_empty(len(linear_weight), rows + _SKEW)) if with_grads else None
     given = (input.contiguous(), linear_weight.contiguous(), None if linear_bias is None else linear_bias.contiguous())
     given += (labels, *(ids or (None, None)), upstream.contiguous())
-    _C.linear_cross_entropy(losses, stats, *grads, buffer, *given, z_loss, rows, torch.get_num_threads())
+    options = (label_smoothing, z_loss, rows, torch.get_num_threads())
+    _C.linear_cross_entropy(losses, stats, *grads, buffer, *given, *options)
     return (losses, stats) if losses.isfinite().all() and stats[0].isfinite().all() else None
+
+
+def _spread(grads, input, linear_weight, linear_bias, upstream, label_smoothing):
+    """Each row's mean logit. Takes from the gradients what the share of a label that all classes have puts there."""
+    classes, weights = len(linear_weight), linear_weight.sum(0)
+    d_input, d_weight, d_bias = grads
+    share = upstream * (label_smoothing / classes)
+    if d_input.numel():
+        d_input.addr_(share, weights, alpha=-1)
+    if d_weight.numel():
+        d_weight -= share @ input
+    if d_bias.numel():
+        d_bias -= share.sum()
+    mean = input @ (weights / classes)
+    return mean if linear_bias is None else mean + linear_bias.mean()
 
 
 @torch.no_grad()
 def forward_in_kernel(rows, input, linear_weight, linear_bias, target, weight, needed, reduction, *options, ids=None):
     """The registered op, `rows` at a time, or None. ids: as `run_kernel`'s."""
-    ignore_index, _, z_loss, _ = options
+    ignore_index, label_smoothing, z_loss, _ = options
     counted, weights = _counted_rows(input, target, weight, len(linear_weight), ignore_index)
     loss, total, _, *grads = op.alloc(input, linear_weight, linear_bias, target, weight, needed, reduction)
     total.copy_(weights.sum(dtype=torch.float64))
@@ -171,10 +188,13 @@ def forward_in_kernel(rows, input, linear_weight, linear_bias, target, weight, n
     upstream = weights * torch.where(total == 0, 0, 1 / total) if mean else weights
     grads = [cached(d) for d in grads]
     layer = (input, linear_weight, linear_bias)
-    found = run_kernel(rows, grads, *layer, target.to(torch.int64).where(counted, -1), upstream, z_loss, ids)
+    labels = target.to(torch.int64).where(counted, -1)
+    found = run_kernel(rows, grads, *layer, labels, upstream, label_smoothing, z_loss, ids)
     if found is None:
         return None
     losses, stats = found
+    if label_smoothing:
+        losses.lerp_(stats[0] - _spread(grads, *layer, upstream, label_smoothing), label_smoothing)
     losses = (losses + z_loss * stats[0] * stats[0]) * weights
     loss.copy_(losses if reduction == _NONE else losses.sum(dtype=torch.float64) / (total if mean else 1))
     return loss, total, stats, *grads
@@ -189,7 +209,8 @@ def backward_in_kernel(
     counted, weights = _counted_rows(input, target, weight, len(linear_weight), ignore_index)
     grads = [cached(d) for d in op.alloc_grads(input, linear_weight, needed)]
     layer = (input, linear_weight, linear_bias)
-    found = run_kernel(rows, grads, *layer, target.to(torch.int64).where(counted, -1), grad_loss * weights, z_loss, ids)
+    labels = target.to(torch.int64).where(counted, -1)
+    found = run_kernel(rows, grads, *layer, labels, grad_loss * weights, 0.0, z_loss, ids)
     return None if found is None else tuple(grads)
 
 
@@ -227,7 +248,7 @@ def forward(input, linear_weight, linear_bias, target, weight, needed, reduction
     given = (input, linear_weight, linear_bias, target, weight, needed, reduction, *options)
     _, label_smoothing, _, softcap = options
     with_grads = reduction != _NONE and any(needed)
-    rows = _rows(input, linear_weight, target, label_smoothing, softcap)
+    rows = _rows(input, linear_weight, target, weight, reduction, label_smoothing, softcap)
     if rows and (done := forward_in_kernel(rows, *given)):
         return done
     chunk = _chunk(input, linear_weight)
@@ -239,7 +260,7 @@ def forward(input, linear_weight, linear_bias, target, weight, needed, reduction
 def backward(grad_loss, input, linear_weight, linear_bias, target, weight, total, stats, needed, *options):
     given = (grad_loss, input, linear_weight, linear_bias, target, weight)
     _, label_smoothing, _, softcap = options
-    rows = _rows(input, linear_weight, target, label_smoothing, softcap)
+    rows = _rows(input, linear_weight, target, weight, _NONE, label_smoothing, softcap)
     if rows and (done := backward_in_kernel(rows, *given, needed, *options)):
         return done
     chunk = _chunk(input, linear_weight)
