@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from . import checkpoint, fusion, optim
 from .tasks import Task
 
+FINAL_LR = 0.02  # of the initial learning rate
 MODES = ("eager", "compile", "fused")
 PRECISIONS = ("float32", "bfloat16", "float16")
 ANY_VALUE = {"device", "workers"}  # options that a resumed run may change
@@ -66,7 +67,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[int], object] = lambda steps: None,
 ) -> Iterator[dict[str, float]]:
-    """Trains `model` with the task's optimizer and learning rates; yields a row of results after every epoch.
+    """Trains `model` with Adam and a linear decay of the learning rate; yields a row of results after every epoch.
 
     All that is random depends on options.seed and the epoch, so two models that start from the same parameters see the
     same batches. After every epoch a checkpoint goes to `file`. `resume` begins with the one that is there, yields the
@@ -81,7 +82,7 @@ def train(
     """
     step, optimizer = prepare(task, model, options)
     epoch_steps = steps_per_epoch(task, options)
-    schedule = LambdaLR(optimizer, lambda step: task.learning_rate(step / (epoch_steps * options.epochs)))
+    schedule = LambdaLR(optimizer, lambda step: 1 - (1 - FINAL_LR) * step / (epoch_steps * options.epochs))
     scaler = torch.amp.GradScaler(torch.device(options.device).type, enabled=options.precision == "float16")
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     rows = restore(task, options, parts, file) if resume else []
@@ -119,7 +120,7 @@ def prepare(task: Task, model: nn.Module, options: Options) -> tuple[nn.Module, 
             raise ValueError("step_in_backward is for mf and bpr, in one process, not in float16")
         optimizer = model.optimizer = optim.Adam(model.parameters(), options.lr)
     else:
-        optimizer = task.optimizer(model.parameters(), options.lr, weight_decay=task.weight_decay)
+        optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=task.weight_decay)
     step = task.step(model, options.mode == "fused")
     if options.mode == "fused" and not options.step_in_backward:
         _, _, example = next(batches(task, options, 1))

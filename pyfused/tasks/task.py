@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 EVALUATION_BATCH = 128
-FINAL_LR = 0.02  # of the initial learning rate
 
 
 class Task(Dataset):
@@ -17,7 +16,7 @@ class Task(Dataset):
     settings: what the task was made with, the data aside; a checkpoint keeps them.
     size: how many training examples there are.
     metrics: what `evaluate` returns, the most telling last.
-    epochs, batch_size, lr, weight_decay: defaults; weight_decay is what `optimizer` makes of it.
+    epochs, batch_size, lr, weight_decay: defaults.
     """
 
     name: str
@@ -27,7 +26,6 @@ class Task(Dataset):
     epochs: int
     batch_size: int
     lr = 1e-3
-    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
     weight_decay = 0.0
     settings: Mapping[str, object] = {}
 
@@ -38,10 +36,6 @@ class Task(Dataset):
         """An untrained model."""
         torch.manual_seed(seed)
         return self.network(**self.arguments())
-
-    def learning_rate(self, done: float) -> float:
-        """The share of `lr` that is used when this share of the training is done: it falls in a line."""
-        return 1 - (1 - FINAL_LR) * done
 
     def step(self, model: nn.Module, fused: bool) -> nn.Module:
         """The module whose forward takes a batch and returns the loss, a mean over the batch's examples.
