@@ -101,6 +101,7 @@ PYFUSED_INLINE void multiply_part(const Layer& layer, const Chunk& chunk, const 
 }
 
 // A part of the dims after the other, so that its part of the rows stays in the L2 cache while the block's classes pass.
+// What is fetched ahead is the next tile's weights, or, where they come in parts, a share of the next block's.
 void multiply_logits(const Layer& layer, const Chunk& chunk, const Block& block) {
   const int64_t D = layer.dims, part = layer.part();
   for (int64_t d = 0; d < D; d += part)
