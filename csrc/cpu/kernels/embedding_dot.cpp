@@ -68,10 +68,11 @@ void score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
     for (int64_t t = 0; t < min(kAhead, count); ++t) users.prefetch(u[t]), items.prefetch(v[t]);
     for (int64_t t = count; t % 4; ++t) u[t] = u[count - 1], v[t] = v[count - 1];
     for (int64_t t = 0; t < count; t += 4) {
-      for (int64_t ahead = t + kAhead; ahead < min(t + kAhead + 4, count); ++ahead) {
-        if (u[ahead] != u[ahead - 1]) users.prefetch(u[ahead]);
-        items.prefetch(v[ahead]);
-      }
+      if (users.far || items.far)
+        for (int64_t ahead = t + kAhead; ahead < min(t + kAhead + 4, count); ++ahead) {
+          if (u[ahead] != u[ahead - 1]) users.prefetch(u[ahead]);
+          items.prefetch(v[ahead]);
+        }
       if (u[t] == u[t + 1] && u[t] == u[t + 2] && u[t] == u[t + 3])
         dot4<true>(u + t, v + t, users.dim, dots + t);
       else

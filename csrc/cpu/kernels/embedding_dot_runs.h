@@ -91,7 +91,8 @@ struct Terms {
   template <class Out>
   void sum_rows(int64_t first, int64_t last, const Table<T>& other, Out* out) const {
     constexpr int64_t W = lanes<compute_t<T>>;
-    for (int64_t t = first + kAhead; t < min(last + kAhead, known); ++t) other.prefetch(row[t]);
+    if (other.far)
+      for (int64_t t = first + kAhead; t < min(last + kAhead, known); ++t) other.prefetch(row[t]);
     int64_t d = 0, dim = other.dim;
     for (; d + 8 * W <= dim; d += 8 * W) sum_columns<8>(first, last, d, out);
     for (; d + 4 * W <= dim; d += 4 * W) sum_columns<4>(first, last, d, out);
