@@ -142,7 +142,7 @@ def test_the_cases_called_chunks_have_several():
 @pytest.mark.parametrize("mask_accidental_hits", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_large_batch_goes_to_the_kernel(isa, dtype, mask_accidental_hits, reduction, monkeypatch):
-    """Compared with BLAS and float64: 1101 or more pairs of 300 items, three hits a row."""
+    """Against float64: 300 items, so a few hits a row. bfloat16's gradients are rounded once, by 2^-9."""
     if isa == "baseline":
         pytest.skip("the BLAS may have vectors that baseline has not")
     calls, run = [], cpu.linear.run_kernel
@@ -159,7 +159,7 @@ def test_a_large_batch_goes_to_the_kernel(isa, dtype, mask_accidental_hits, redu
     for got, truth in zip(*results):
         scale = truth.detach().abs().max().item()
         torch.testing.assert_close(
-            got.double(), truth, rtol=1e-4, atol=scale * (1e-2 if got.dtype == dtype != torch.float32 else 1e-5)
+            got.double(), truth, rtol=1e-4, atol=scale * (2**-8 if got.dtype == torch.bfloat16 else 1e-5)
         )
     assert len(calls) == (2 if reduction == "none" else 1) and None not in calls
 

@@ -199,15 +199,7 @@ Status linear_cross_entropy(View loss, View stats, View d_input, View d_weight, 
       if (d_input) add_d_input(layer, chunk, b, factors + pitch, partials + thread * partial);
       if (d_weight) n == 0 ? add_d_weight<false>(layer, chunk, b) : add_d_weight<true>(layer, chunk, b);
     });
-    if (d_input)
-      parallel_for(chunk.rows, 16, threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t r = begin; r < end; ++r)
-          for (int64_t d = 0; d < D; d += kLane) {
-            V total = {};
-            for (int t = 0; t < threads; ++t) total += load(partials + t * partial + r * layer.d_input_row() + d);
-            store_first(d_input.as<float>() + (n + r) * D + d, total, min<int64_t>(D - d, kLane));
-          }
-      });
+    if (d_input) sum_d_input(layer, chunk, partials, partial, threads, d_input.as<float>() + n * D);
   }
   return {};
 }

@@ -63,6 +63,11 @@ PYFUSED_INLINE void in_tiles(int64_t count, const Body& body) {
   for (; i < count; ++i) body(i, std::integral_constant<int, 1>{});
 }
 
+// The vector from dim d on of a row of D dims; 0 past its end.
+PYFUSED_INLINE V load_dims(const float* row, int64_t d, int64_t D) {
+  return load_first(row + min(d, D), min<int64_t>(max<int64_t>(D - d, 0), kLane));
+}
+
 // Both arrangements of a chunk's rows, the second for gradients.
 void arrange(const Layer& layer, const Chunk& chunk, const float* rows, bool both, int threads) {
   const int64_t D = layer.dims, R = chunk.rows;
@@ -77,8 +82,7 @@ void arrange(const Layer& layer, const Chunk& chunk, const float* rows, bool bot
     for (int64_t q = begin; q < end; ++q)
       for (int64_t r = 0; r < R; ++r)
         for (int64_t d = q * kWidth; d < (q + 1) * kWidth; d += kLane)
-          store(chunk.input + (q * R + r) * kWidth + d - q * kWidth,
-                load_first(rows + r * D + min(d, D), min<int64_t>(max<int64_t>(D - d, 0), kLane)));
+          store(chunk.input + (q * R + r) * kWidth + d - q * kWidth, load_dims(rows + r * D, d, D));
   });
 }
 
@@ -124,9 +128,8 @@ void add_d_input(const Layer& layer, const Chunk& chunk, const Block& block, flo
     const int64_t end = min(begin + part, round_up(D, kWidth));
     for (int64_t c = 0; c < depth; ++c)
       for (int64_t d = begin; d < end; d += kLane)
-        store(
-            packed + ((d - begin) / kWidth * depth + c) * kWidth + d % kWidth,
-            load_first(layer.weight + (block.begin + c) * D + min(d, D), min<int64_t>(max<int64_t>(D - d, 0), kLane)));
+        store(packed + ((d - begin) / kWidth * depth + c) * kWidth + d % kWidth,
+              load_dims(layer.weight + (block.begin + c) * D, d, D));
     in_tiles(chunk.rows, [&](int64_t r, auto count) {
       constexpr int T = count.value;
       for (int64_t d = begin; d < end; d += kWidth) {
@@ -151,6 +154,20 @@ void add_d_input(const Layer& layer, const Chunk& chunk, const Block& block, flo
   }
 }
 
+// The chunk's rows of d_input, from the threads' parts, which lie `partial` apart.
+void sum_d_input(const Layer& layer, const Chunk& chunk, const float* partials, int64_t partial, int threads,
+                 float* d_input) {
+  const int64_t D = layer.dims;
+  parallel_for(chunk.rows, 16, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t d = 0; d < D; d += kLane) {
+        V total = {};
+        for (int t = 0; t < threads; ++t) total += load(partials + t * partial + r * layer.d_input_row() + d);
+        store_first(d_input + r * D + d, total, min<int64_t>(D - d, kLane));
+      }
+  });
+}
+
 // The block's rows of d_weight (+)= g · input, a part of the dims after the other.
 template <bool Add>
 void add_d_weight(const Layer& layer, const Chunk& chunk, const Block& block) {
@@ -171,7 +188,7 @@ void add_d_weight(const Layer& layer, const Chunk& chunk, const Block& block) {
           if (D - d >= kWidth)
             store(p, Add ? load(p) + sum : sum);
           else if (at < D)
-            store_first(p, Add ? load_first(p, min<int64_t>(D - at, kLane)) + sum : sum, min<int64_t>(D - at, kLane));
+            store_first(p, Add ? load_dims(out + t * D, at, D) + sum : sum, min<int64_t>(D - at, kLane));
         };
         multiply_with<T, kWide, 0, kSoon>(g, chunk.pitch, 1, chunk.input + d * R, kLane, kWidth, R, finish);
       }
