@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kBlock, 2 * kBlocksAtOnce<C, SOFT>)
 Status cross_entropy(View loss, View lse, View stats, View total, View workspace, View input, View target, View weight,
                      int reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                      Stream stream) {
-  PYFUSED_TRY(check(loss, lse, stats, total, input, target, weight, reduction));
+  PYFUSED_TRY(check_cross_entropy(loss, lse, stats, total, input, target, weight, reduction));
   PYFUSED_REQUIRE(workspace.dtype == DType::f64 && workspace.contiguous() && workspace.numel() >= 1 + 2 * kMaxBlocks,
                   "workspace", "must be 2 contiguous float64 numbers per block and a counter");
   return for_dtype(input.dtype, [&](auto type) {

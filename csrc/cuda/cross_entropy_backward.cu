@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kBlock, 2 * kBlocksAtOnce<C, SOFT>)
 Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, View input, View target, View weight,
                               View weight_sum, View stats, View total, int reduction, int64_t ignore_index,
                               double label_smoothing, double z_loss, double softcap, Stream stream) {
-  PYFUSED_TRY(check(grad_loss, grad_lse, stats, total, input, target, weight, reduction));
+  PYFUSED_TRY(check_cross_entropy(grad_loss, grad_lse, stats, total, input, target, weight, reduction));
   PYFUSED_REQUIRE(grad_input.ndim == input.ndim && grad_input.dtype == input.dtype, "grad_input", "must be like input");
   for (int i = 0; i < input.ndim; ++i)
     PYFUSED_REQUIRE(grad_input.shape[i] == input.shape[i], "grad_input", "must be like input");

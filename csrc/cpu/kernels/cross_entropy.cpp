@@ -220,7 +220,8 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
 
 Status cross_entropy(View loss, View lse, View stats, View total, View input, View target, View weight, int reduction,
                      int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads) {
-  if (Status s = check(loss, lse, stats, total, input, target, weight, reduction); s.code != Status::ok) return s;
+  if (Status s = check_cross_entropy(loss, lse, stats, total, input, target, weight, reduction); s.code != Status::ok)
+    return s;
   return for_dtype(input.dtype, [&](auto type) {
     using T = decltype(type);
     Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss, softcap);

@@ -140,7 +140,8 @@ Status backward(const View& grad_input, const View& grad_loss, const View& grad_
 Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, View input, View target, View weight,
                               View stats, View total, int reduction, int64_t ignore_index, double label_smoothing,
                               double z_loss, double softcap, int threads) {
-  if (Status s = check(grad_loss, grad_lse, stats, total, input, target, weight, reduction); s.code != Status::ok)
+  if (Status s = check_cross_entropy(grad_loss, grad_lse, stats, total, input, target, weight, reduction);
+      s.code != Status::ok)
     return s;
   PYFUSED_REQUIRE(grad_input.ndim == input.ndim && grad_input.dtype == input.dtype, "grad_input", "must be like input");
   for (int i = 0; i < input.ndim; ++i)
