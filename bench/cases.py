@@ -52,7 +52,7 @@ FULL: list[Case] = [
     CrossEntropy(shape=(8192, 1000), label_smoothing=0.1, why="ImageNet recipes"),
     LinearCrossEntropy(rows=1024, features=384, classes=50257, why="a small GPT-2's last layer and loss", memory=True),
     LinearCrossEntropy(rows=512, features=1024, classes=32000, why="wider: arithmetic outweighs logits", memory=True),
-    LinearCrossEntropy(rows=512, features=4096, classes=16000, why="so wide that a BLAS packs for many products"),
+    LinearCrossEntropy(rows=512, features=4096, classes=16000, why="so wide that the BLAS computes it"),
     LinearCrossEntropy(rows=512, features=512, classes=8000, dtype=BF16, why="as mixed precision gives it"),
     EmbeddingDot(batch=65536, table_rows=1_000_000, sparse=True, why="a recommender's tables; nothing fits a cache"),
     EmbeddingDot(batch=65536, table_rows=1_000_000, sparse=True, zipf=True, why="popular rows: duplicates to sum"),

@@ -201,6 +201,7 @@ def test_training_in_float32_goes_to_the_kernel(calls, reduction, label_smoothin
         {"softcap": 5.0},
         {"dtype": torch.float64},
         {"rows": 40},
+        {"dims": 1537},
         {"rows": 1000, "classes": 400},
     ],
     ids=lambda options: " ".join(options),
@@ -208,8 +209,8 @@ def test_training_in_float32_goes_to_the_kernel(calls, reduction, label_smoothin
 def test_what_the_kernel_is_not_for(calls, options):
     options = dict(options)
     rows, classes = options.pop("rows", 200), options.pop("classes", LARGE[2])
-    dtype = options.pop("dtype", torch.float32)
-    leaves, target, _, _ = problem((rows, 40, classes, 64))
+    dims, dtype = options.pop("dims", 40), options.pop("dtype", torch.float32)
+    leaves, target, _, _ = problem((rows, dims, classes, 64))
     leaves = [t.detach().to(dtype).requires_grad_() for t in leaves]
     PF.linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **options).backward()
     assert not calls
