@@ -7,8 +7,9 @@
 #include "tensor_view.h"
 
 #define PYFUSED_CPU_KERNELS(K)                                                                                         \
-  K(cross_entropy, (View loss, View lse, View stats, View total, View input, View target, View weight, int reduction,  \
-                    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads))         \
+  K(cross_entropy, (View loss, View lse, View stats, View total, View grad_input, View input, View target,             \
+                    View weight, int reduction, int64_t ignore_index, double label_smoothing, double z_loss,           \
+                    double softcap, double grad_loss, int threads))                                                    \
   K(cross_entropy_backward,                                                                                            \
     (View grad_input, View grad_loss, View grad_lse, View input, View target, View weight, View stats, View total,     \
      int reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads))         \

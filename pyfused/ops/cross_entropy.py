@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from .. import dispatch
 from .._library import autocasts, by_signature, define, differentiable_grads, is_transformed, needs_grad, reject
+from .expected_grad import ExpectedGrad
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
@@ -161,22 +162,53 @@ _backward_ = define(
 )
 
 
+# --- Both at once, for labels or probabilities without class weights
+def alloc_with_grad(grad_loss, input, target, *options):
+    loss, _, stats, total = alloc(input, target, None, False, *options)
+    return loss, stats, total, torch.empty_like(input)
+
+
+def _reference_with_grad(grad_loss, input, target, *options):
+    loss, _, stats, total = _reference_forward(input, target, None, False, *options)
+    grad = loss.new_full((), grad_loss)
+    return loss, stats, total, _reference_backward(grad, None, input, target, None, stats, total, *options)
+
+
+_forward_with_grad = define(
+    f"cross_entropy_with_grad(float grad_loss, Tensor input, Tensor target, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    alloc_with_grad,
+    _reference_with_grad,
+)
+_expected = ExpectedGrad()
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Returns the loss, or with return_lse (loss, lse)."""
 
     @staticmethod
-    def forward(ctx, input, target, weight, return_lse, inplace, options):
-        loss, lse, stats, total = _forward(input, target, weight, return_lse, *options)
-        ctx.save_for_backward(input, target, weight, stats, total)
+    def forward(ctx, input, target, weight, return_lse, inplace, options, guesses):
         ctx.options, ctx.inplace = options, inplace
+        ctx.kind = (input.dtype, input.shape[1], options) if guesses else None
+        ctx.guess = _expected.guess(ctx.kind) if guesses else None
+        if ctx.guess is None:
+            loss, lse, stats, total = _forward(input, target, weight, return_lse, *options)
+        else:  # an attribute, not a saved tensor: nothing else may hold the gradient when the backward hands it on
+            loss, stats, total, ctx.grad_input = _forward_with_grad(ctx.guess, input, target, *options)
+        ctx.save_for_backward(input, target, weight, stats, total)
         return (loss, lse) if return_lse else loss
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse=None):
         input, target, weight, stats, total = ctx.saved_tensors
-        none = (None,) * 5
+        none = (None,) * 6
         if torch.is_grad_enabled():
             return _differentiable(ctx, input, target, weight, grad_loss, grad_lse), *none
+        if ctx.kind:
+            grad_input, ctx.grad_input = None if ctx.guess is None else ctx.grad_input, None
+            if _expected.is_right(ctx.kind, ctx.guess, grad_loss) and grad_input is not None:
+                return grad_input, *none
+            del grad_input  # before another is allocated
         args = (grad_loss, grad_lse, input, target, weight, stats, total, *ctx.options)
         if not ctx.inplace:
             return _backward(*args), *none
@@ -331,7 +363,8 @@ def cross_entropy(
         if inplace:
             _check_inplace(input)
             inplace = not torch.compiler.is_compiling()
-        out = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, options)
+        guesses = way == "kernel" and weight is None and reduction != "none"
+        out = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, options, guesses)
         loss, lse = out if return_lse else (out, None)
     else:
         loss, lse, _, _ = _forward(flat, flat_target, weight, return_lse, *options)

@@ -12,21 +12,23 @@
 //         lanes x lanes in registers, 4 shuffles for 16 numbers; one number at a time they took as long as the
 //         exponentials.
 // Traffic of the logits: read once from memory, a block of a row at a time (maximum, then sum, out of the L1 cache, while
-//         the next block is fetched). With a read and a write in backward 3 R C elements in all, the floor while backward is
-//         a pass of its own. Arithmetic: one exp per element each way, about 15 vector instructions. For float32 with 16
-//         lanes that is a cycle for two elements, less than the 8 bytes of the backward take from memory on one core.
+//         the next block is fetched). With a read and a write in backward 3 R C elements in all; 2 R C if the gradient for
+//         a known grad_loss is written right here (grad_input), row by row, while the logits are in the L2 cache.
+//         Arithmetic: one exp per element each way, about 15 vector instructions. For float32 with 16 lanes that is a
+//         cycle for two elements, less than the 8 bytes of the gradient take from memory on one core.
 // Saves   per row [maximum m, S = ∑ exp(z - m), x], x = p_t - 1 = -∑_{c≠t} exp(z_c - m) / S (soft: ∑ of the target). The
 //         sums leave the label out: the loss log1p(∑_{c≠t} exp(z_c - z_t)) and the gradient x keep every digit of a
 //         confident row, where 1 - p_t rounds to 0. m and S instead of lse: so does a row with a large common offset.
 // Sums    rows to lanes, lanes to chunks in double, in an order that depends on the shape only, not on the threads.
 // Edges   Ignored rows: loss 0, gradient 0 even where the logits are NaN. A row with +inf, NaN or nothing but -inf: NaN.
 //         -inf next to finite logits: probability 0. R = 0 or all ignored: mean NaN, sum 0. A label outside [0, C) that
-//         is not ignore_index stops the kernel before anything is written.
-#include "cpu/kernels/cross_entropy.h"
-
+//         is not ignore_index stops the kernel before anything is written. grad_input has, bit by bit, what the backward
+//         would write; grad_loss is one number, so not for reduction none, and not with class weights, whose total is
+//         known too late.
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/kernels/cross_entropy_grad.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -171,12 +173,14 @@ PYFUSED_INLINE void finish_group(const Options<C>& o, const Sums<C>& s, int64_t 
 }
 
 template <Target K, bool Capped, class T, class U>
-Status forward(const View& loss, const View& lse, const View& total, const View& input, const View& target,
-               const Options<compute_t<T>>& o, int threads) {
+Status forward(const View& loss, const View& lse, const View& total, const View& grad_input, const View& input,
+               const View& target, const Options<compute_t<T>>& o, bool grad_by_row, double grad_loss, int threads) {
   using C = compute_t<T>;
-  const Matrix<T> z(input);
+  const Matrix<T> z(input), out(grad_input ? grad_input : input);
   const Matrix<U> y(K == soft ? target : input);
   const int64_t chunk = o.chunk(), chunks = (o.rows + chunk - 1) / chunk, tile = o.by_row ? 0 : o.classes * lanes<C>;
+  const bool streamed = grad_input && is_streamed(out, z, o.rows);
+  const C scale = grad_input && o.reduction == mean ? C(grad_loss) / C(o.counted()) : C(grad_loss);
   auto* partial = static_cast<double (*)[2]>(scratch(0, chunks * sizeof(double[2])));
   auto* tiles = static_cast<C*>(scratch(1, threads * tile * 2 * sizeof(C)));
   parallel_for(chunks, 1, threads, [&](int64_t begin, int64_t end, int thread) {
@@ -200,6 +204,9 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
           reduce_tile<K, Capped>(o, z_tile, y_tile, o.labels_of(r, n), sums);
         }
         finish_group<K>(o, sums, r, n, loss.as<C>(), lse.as<C>(), total);
+        if (grad_input)
+          grad_group<K, Capped>(o, grad_by_row, streamed, out, z, y, z_tile, y_tile,
+                                slopes_of<K, C>(o, r, n, nullptr, nullptr, scale), r, n);
       }
       partial[k][0] = partial[k][1] = 0;
       for (int l = 0; l < lanes<C>; ++l) {
@@ -207,6 +214,7 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
         partial[k][1] += total.weight[l];
       }
     }
+    if (streamed) stream_end();
   });
   double sums[2] = {0, 0};
   for (int64_t k = 0; k < chunks; ++k)
@@ -218,17 +226,24 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
 
 }  // namespace
 
-Status cross_entropy(View loss, View lse, View stats, View total, View input, View target, View weight, int reduction,
-                     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int threads) {
+Status cross_entropy(View loss, View lse, View stats, View total, View grad_input, View input, View target, View weight,
+                     int reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                     double grad_loss, int threads) {
   if (Status s = check_cross_entropy(loss, lse, stats, total, input, target, weight, reduction); s.code != Status::ok)
     return s;
+  if (grad_input) {
+    PYFUSED_REQUIRE(reduction != none && !weight, "grad_input", "needs a reduction and no class weights");
+    if (Status s = check_like(grad_input, input); s.code != Status::ok) return s;
+  }
   return for_dtype(input.dtype, [&](auto type) {
     using T = decltype(type);
     Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss, softcap);
+    const bool grad_by_row = o.by_row && grad_input && grad_input.strides[1] == 1;
     o.by_row = o.by_row && o.classes >= (o.labels ? kByRowForward<compute_t<T>> : kByRowForwardSoft<compute_t<T>>);
     if (Status s = o.check_labels(); s.code != Status::ok) return s;
     return specialize<T>(target, label_smoothing, softcap, [&](auto kind, auto capped, auto t, auto u) {
-      return forward<kind(), capped(), decltype(t), decltype(u)>(loss, lse, total, input, target, o, threads);
+      return forward<kind(), capped(), decltype(t), decltype(u)>(loss, lse, total, grad_input, input, target, o,
+                                                                 grad_by_row, grad_loss, threads);
     });
   });
 }

@@ -49,6 +49,11 @@ struct Options {  // what both directions share; C is float or double
     weight_sum = total;
   }
   PYFUSED_INLINE C weight_of(int64_t c) const { return weight ? weight[c] : C(1); }
+  PYFUSED_INLINE int64_t counted() const {  // rows that are not ignored
+    int64_t count = rows;
+    for (int64_t r = 0; labels && r < rows; ++r) count -= labels[r] == ignore_index;
+    return count;
+  }
   PYFUSED_INLINE bool ignored(int64_t r) const { return labels && labels[r] == ignore_index; }
   // Rows in a group, and in a chunk: about 16K elements, 10 us of work. They depend on the shape alone.
   PYFUSED_INLINE int64_t group() const {

@@ -11,9 +11,22 @@ from ...ops import cross_entropy as op
 @kernel("cross_entropy", "cpu")
 def forward(input, target, weight, return_lse, *options):
     loss, lse, stats, total = op.alloc(input, target, weight, return_lse, *options)
-    given = op.as_kernels_read(input, target, weight)
-    _C.cross_entropy(loss, lse if return_lse else None, stats, total, input, *given, *options, torch.get_num_threads())
+    _forward(loss, lse if return_lse else None, stats, total, None, input, target, weight, options, 0.0)
     return loss, lse, stats, total
+
+
+@kernel("cross_entropy_with_grad", "cpu")
+def with_grad(grad_loss, input, target, *options):
+    loss, stats, total, grad_input = op.alloc_with_grad(grad_loss, input, target, *options)
+    grad_input = cached(grad_input)
+    _forward(loss, None, stats, total, grad_input, input, target, None, options, grad_loss)
+    return loss, stats, total, grad_input
+
+
+def _forward(loss, lse, stats, total, grad_input, input, target, weight, options, grad_loss):
+    given = op.as_kernels_read(input, target, weight)
+    written = (loss, lse, stats, total, grad_input)
+    _C.cross_entropy(*written, input, *given, *options, grad_loss, torch.get_num_threads())
 
 
 def _backward(grad_input, grad_loss, grad_lse, input, target, weight, stats, total, *options):
