@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import INTERPRETED
 
 import pyfused
 import pyfused.functional as PF
@@ -163,6 +164,8 @@ def test_an_auxiliary_loss_on_the_same_logits(variant, shape):
 @pytest.mark.parametrize("shape", [*LAYOUTS, (2, 5, 3, 4), (40, 10), (40, 21), (3000, 10)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inplace_writes_the_gradient_over_the_logits(variant, shape, dtype):
+    if INTERPRETED and shape == (3000, 10):
+        pytest.skip("half a minute in the interpreter, for the tiles of (40, 10)")
     x, target = problem(shape, dtype, device=variant)
     expected = gradient(PF.cross_entropy(x, target), x)
     logits = x * 1

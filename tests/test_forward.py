@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import check, eager, eager_rounding, on, outputs_of, public, to_float64
+from accuracy import check, eager, eager_results, on, outputs_of, public
 from cases import CASES
 
 PAIRS = [pytest.param(c, d, id=f"{c.id}-{str(d)[6:]}") for c in CASES for d in c.dtypes]
@@ -14,10 +14,8 @@ def test_forward(case, variant, dtype):
     before = {n: x.detach().clone() for n, x in arguments.items() if isinstance(x, torch.Tensor)}
     with torch.no_grad():
         got = outputs_of(public(case.op), on(variant, arguments))
-        truth = outputs_of(eager(case.op), to_float64(arguments))
-        at_dtype = outputs_of(eager(case.op), arguments)
-        rounding = eager_rounding(lambda a: outputs_of(eager(case.op), a), case, dtype)
-    for i, (g, t, e, r) in enumerate(zip(got, truth, at_dtype, rounding, strict=True)):
+        results = eager_results(lambda a: outputs_of(eager(case.op), a), case, dtype, "outputs")
+    for i, (g, t, e, r) in enumerate(zip(got, *results, strict=True)):
         check(g, t, e, r, case.slack_for(dtype), f"{case.id} output {i}")
     for name, x in before.items():
         assert torch.equal(arguments[name].nan_to_num(), x.nan_to_num()), f"{case.id} changed its input {name}"

@@ -39,17 +39,15 @@ MORE = [
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 def test_case_table_in_the_interpreter():
-    files = [str(TESTS / name) for name in ("test_forward.py", "test_index_errors.py", *MORE)]
+    files = [str(TESTS / name) for name in ("test_forward.py", "test_backward.py", "test_index_errors.py", *MORE)]
     # Not from the checkout, whose package would be imported instead of the installed one.
     how = {"cwd": tempfile.gettempdir(), "env": {**os.environ, "TRITON_INTERPRET": "1"}, "text": True}
-    commands = [[sys.executable, "-m", "pytest", *part] for part in (files, [str(TESTS / "test_backward.py")])]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how) for command in commands]
-    for run in runs:
-        output, _ = run.communicate(timeout=900)
-        assert run.returncode == 0, output[-6000:]
-        collected, deselected = re.search(r"collected (\d+) items(?: / (\d+) deselected)?", output).groups("0")
-        ran = sum(int(n) for n in re.findall(r"(\d+) (?:passed|skipped)", output.splitlines()[-1]))
-        assert ran == int(collected) - int(deselected) > 200, output[-4000:]
+    command = [sys.executable, "-m", "pytest", "-n", "2", *files]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1500, **how)
+    assert run.returncode == 0, run.stdout[-6000:]
+    (items,) = re.findall(r"2 workers \[(\d+) items\]", run.stdout)
+    ran = sum(int(n) for n in re.findall(r"(\d+) (?:passed|skipped)", run.stdout.splitlines()[-1]))
+    assert ran == int(items) > 500, run.stdout[-4000:]
 
 
 def test_autotuning_measures_once_and_only_when_asked(monkeypatch):
