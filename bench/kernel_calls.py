@@ -126,7 +126,7 @@ def pattern(dtype: str, below: int) -> bytes:
 
 
 def cross_entropy_cases():
-    mean, options = 1, (-100, 0.0, 0.0, 0.0, 1)
+    mean, options, grad_loss, thread = 1, (-100, 0.0, 0.0, 0.0), 1.0, 1
     for shape, dtype in (
         ((8, 32003), "float32"),
         ((8, 32003), "bfloat16"),
@@ -137,9 +137,11 @@ def cross_entropy_cases():
         rows, text = math.prod(shape) // shape[1], f"{'x'.join(map(str, shape))} {dtype}"
         scalar, stats, total, lse = Tensor(), Tensor(3, rows), Tensor(), None
         logits, labels = Tensor(*shape, dtype=dtype), Tensor(rows, dtype="int64", below=shape[1])
-        forward = (scalar, lse, stats, total, logits, labels, None, mean, *options)
-        yield "cross_entropy", text, forward
-        backward = (Tensor(*shape, dtype=dtype), scalar, None, logits, labels, None, stats, total, mean, *options)
+        grad = Tensor(*shape, dtype=dtype)
+        for how, written in (("", None), (" with gradient", grad)):
+            forward = (scalar, lse, stats, total, written, logits, labels, None, mean, *options, grad_loss, thread)
+            yield "cross_entropy", text + how, forward
+        backward = (grad, scalar, None, logits, labels, None, stats, total, mean, *options, thread)
         yield "cross_entropy_backward", text, backward
 
 
