@@ -105,9 +105,9 @@ PYFUSED_INLINE void reduce_row(const Options<C>& o, const T* z, const U* y, int6
 }
 
 // z is the tile: where only the label's logit is wanted of it besides the sum, it leaves the tile for -inf, and no class
-// need be compared with the label.
+// need be compared with the label. `keep_exps`: afterwards the tile holds exp(z - top), but for the label.
 template <Target K, bool Capped, class C>
-PYFUSED_INLINE void reduce_tile(const Options<C>& o, C* z, const C* y, Mask<C> label, Sums<C>& out) {
+PYFUSED_INLINE void reduce_tile(const Options<C>& o, C* z, const C* y, Mask<C> label, bool keep_exps, Sums<C>& out) {
   constexpr int64_t width = lanes<C>;
   Vec<C> top = maxima(z, o.classes);
   if constexpr (Capped) top = o.softcap * tanh<C>(top / o.softcap);
@@ -119,11 +119,16 @@ PYFUSED_INLINE void reduce_tile(const Options<C>& o, C* z, const C* y, Mask<C> l
       out.at_label[l] = at;
       at = -C(__builtin_inf());
     }
-    for (int64_t c = 0; c < o.classes; ++c) out.others += exp(load(z + c * width) - top);
+    for (int64_t c = 0; c < o.classes; ++c) {
+      const Vec<C> e = exp(load(z + c * width) - top);
+      out.others += e;
+      if (keep_exps) store(z + c * width, e);
+    }
     return;
   }
   for (int64_t c = 0; c < o.classes; ++c) {
     Vec<C> x = logits<Capped>(z + c * width, o.softcap), e = exp(x - top);
+    if (keep_exps) store(z + c * width, e);
     Mask<C> mine = label == static_cast<int>(c);
     out.others += mine ? Vec<C>{} : e;
     out.at_label = mine ? x : out.at_label;
@@ -179,6 +184,7 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
   const Matrix<T> z(input), out(grad_input ? grad_input : input);
   const Matrix<U> y(K == soft ? target : input);
   const int64_t chunk = o.chunk(), chunks = (o.rows + chunk - 1) / chunk, tile = o.by_row ? 0 : o.classes * lanes<C>;
+  const bool exps = grad_input && !Capped && !o.by_row && !grad_by_row;  // tiles give the gradient their exponentials
   const bool streamed = grad_input && is_streamed(out, z, o.rows);
   const C scale = grad_input && o.reduction == mean ? C(grad_loss) / C(o.counted()) : C(grad_loss);
   auto* partial = static_cast<double (*)[2]>(scratch(0, chunks * sizeof(double[2])));
@@ -201,11 +207,11 @@ Status forward(const View& loss, const View& lse, const View& total, const View&
         } else {
           z.gather(r, n, z_tile);
           if constexpr (K == soft) y.gather(r, n, y_tile);
-          reduce_tile<K, Capped>(o, z_tile, y_tile, o.labels_of(r, n), sums);
+          reduce_tile<K, Capped>(o, z_tile, y_tile, o.labels_of(r, n), exps, sums);
         }
         finish_group<K>(o, sums, r, n, loss.as<C>(), lse.as<C>(), total);
         if (grad_input)
-          grad_group<K, Capped>(o, grad_by_row, streamed, out, z, y, z_tile, y_tile,
+          grad_group<K, Capped>(o, grad_by_row, streamed, out, z, y, z_tile, y_tile, exps,
                                 slopes_of<K, C>(o, r, n, nullptr, nullptr, scale), r, n);
       }
       partial[k][0] = partial[k][1] = 0;

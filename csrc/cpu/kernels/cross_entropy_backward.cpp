@@ -40,7 +40,7 @@ Status backward(const View& grad_input, const View& grad_loss, const View& grad_
         z.gather(r, n, z_tile);
         if constexpr (K == soft) y.gather(r, n, y_tile);
       }
-      grad_group<K, Capped>(o, o.by_row, streamed, out, z, y, z_tile, y_tile, slopes, r, n);
+      grad_group<K, Capped>(o, o.by_row, streamed, out, z, y, z_tile, y_tile, false, slopes, r, n);
     }
     if (streamed) stream_end();
   });

@@ -44,10 +44,9 @@ PYFUSED_INLINE Slopes<C> slopes_of(const Options<C>& o, int64_t r, int64_t n, co
   return {top, (g * mass + lse_slope) / all, g * o.spread, at_label, live};
 }
 
-template <Target K, bool Capped, class U, class C>
-PYFUSED_INLINE Vec<C> slope(const Options<C>& o, Vec<C> x, Vec<C> top, Vec<C> factor, Vec<C> scale, const U* y,
-                            Vec<C> w) {
-  Vec<C> d = exp(x - top) * factor;
+template <Target K, class U, class C>
+PYFUSED_INLINE Vec<C> slope(const Options<C>& o, Vec<C> e, Vec<C> factor, Vec<C> scale, const U* y, Vec<C> w) {
+  Vec<C> d = e * factor;
   if constexpr (K != hard) d -= scale * spread_target<K>(o, y, w);
   return d;
 }
@@ -65,7 +64,7 @@ PYFUSED_INLINE void grad_row(const Options<C>& o, T* out, const T* z, const U* y
   auto grad = [&](int64_t c) {
     Vec<C> x = logits<Capped>(z + c, o.softcap);
     Vec<C> w = K != hard && o.weight ? load(o.weight + c) : splat(C(1));
-    return uncap<Capped>(slope<K, Capped>(o, x, top, factor, scale, y + c, w), x, o.softcap);
+    return uncap<Capped>(slope<K>(o, exp(x - top), factor, scale, y + c, w), x, o.softcap);
   };
   // Out may be z: the overlapping last vector and the label's logit are read before anything is written.
   const int64_t last = o.classes - width;
@@ -88,13 +87,14 @@ PYFUSED_INLINE void grad_row(const Options<C>& o, T* out, const T* z, const U* y
         from_compute<T>(uncap<Capped>(splat<C>(s.at_label[lane]), x_label, o.softcap)[label - min(label, last)]);
 }
 
+// `exps`: z holds exp(z - top) already.
 template <Target K, bool Capped, class T, class C = compute_t<T>>
 PYFUSED_INLINE void grad_tile(const Options<C>& o, T* out, int64_t stride, const C* z, const C* y, Mask<C> label,
-                              const Slopes<C>& s) {
+                              const Slopes<C>& s, bool exps) {
   constexpr int64_t width = lanes<C>;
   for (int64_t c = 0; c < o.classes; ++c) {
-    Vec<C> x = logits<Capped>(z + c * width, o.softcap);
-    Vec<C> d = slope<K, Capped>(o, x, s.top, s.factor, s.scale, y + c * width, splat(o.weight_of(c)));
+    Vec<C> x = logits<Capped>(z + c * width, o.softcap), e = exps ? x : exp(x - s.top);
+    Vec<C> d = slope<K>(o, e, s.factor, s.scale, y + c * width, splat(o.weight_of(c)));
     d = label == static_cast<int>(c) ? s.at_label : d;
     store(out + c * stride, s.live ? uncap<Capped>(d, x, o.softcap) : Vec<C>{});
   }
@@ -111,8 +111,8 @@ bool is_streamed(const Matrix<T>& out, const Matrix<T>& z, int64_t rows) {
 // The rows r, ..., r + n - 1; as they lie (`by_row`), or from their tiles, of which that of z is overwritten.
 template <Target K, bool Capped, class T, class U, class C = compute_t<T>>
 PYFUSED_INLINE void grad_group(const Options<C>& o, bool by_row, bool streamed, const Matrix<T>& out,
-                               const Matrix<T>& z, const Matrix<U>& y, C* z_tile, const C* y_tile, const Slopes<C>& s,
-                               int64_t r, int64_t n) {
+                               const Matrix<T>& z, const Matrix<U>& y, C* z_tile, const C* y_tile, bool exps,
+                               const Slopes<C>& s, int64_t r, int64_t n) {
   const Mask<C> label = o.labels_of(r, n);
   if (by_row) {
     for (int64_t i = 0; i < n; ++i) {
@@ -122,9 +122,9 @@ PYFUSED_INLINE void grad_group(const Options<C>& o, bool by_row, bool streamed, 
         std::memset(out.row(r + i), 0, o.classes * sizeof(T));
     }
   } else if (out.lanes_adjacent(r, n)) {
-    grad_tile<K, Capped>(o, out.row(r), out.class_stride, z_tile, y_tile, label, s);
+    grad_tile<K, Capped>(o, out.row(r), out.class_stride, z_tile, y_tile, label, s, exps);
   } else {
-    grad_tile<K, Capped>(o, z_tile, lanes<C>, z_tile, y_tile, label, s);
+    grad_tile<K, Capped>(o, z_tile, lanes<C>, z_tile, y_tile, label, s, exps);
     out.scatter(r, n, z_tile);
   }
 }
