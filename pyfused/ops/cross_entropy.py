@@ -6,7 +6,8 @@
     mean            divides the sum by total = ∑ w_t over rows not ignored, or by the number of rows for probabilities
 
 Label smoothing ε: Szegedy et al. 2015, arXiv:1512.00567. z-loss: Chowdhery et al. 2022, arXiv:2204.02311. Softcap:
-Gemma 2, arXiv:2408.00118. Forward keeps three numbers per row and backward recomputes the softmax from the logits:
+Gemma 2, arXiv:2408.00118. Forward keeps three numbers per row and backward recomputes the softmax from the logits,
+unless the forward could guess its grad_loss and made the gradient as well (expected_grad.py):
 
     stats = [m = max z,  S = ∑_c exp(z_c - m),  x],   x = p_t - 1 for labels, ∑ of the target for probabilities
 
@@ -324,6 +325,9 @@ def cross_entropy(
     On a CPU, few logits, for which a call costs more than a kernel saves (`_is_tiny`: 170 kB for each thread, 350 in
     training; less in short rows), go to eager PyTorch with its rounding, unless an option below that eager lacks or a
     backend is asked for.
+
+    In training on a CPU, with a reduction and without class weights or any of the options below, the forward also
+    computes the gradient for the factor that the backward before was given, and keeps it until its own backward.
 
     Args: as torch.nn.functional.cross_entropy, and
         input: logits (C,), (N, C) or (N, C, d1, ...) with any strides; float32, float64, bfloat16 or float16.
