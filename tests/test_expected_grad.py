@@ -245,11 +245,20 @@ def test_activation_checkpoints_hold_no_gradient(ran):
     assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
 
 
+@pytest.mark.parametrize("options", [{"z_loss": 1e-3}, {"softcap": 3.0, "reduction": "sum"}])
+def test_options_that_eager_lacks(ran, options):
+    x, labels = logits(12)  # so few would go to eager without them
+    assert torch.equal(*(step(x, labels, **options) for _ in range(2)))
+    assert ran == LONG + SHORT
+
+
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"weight": torch.ones(200)}, {"inplace": True}])
 def test_what_is_never_guessed(ran, options):
     x, labels = logits()
     for _ in range(3):
         cross_entropy(x + 0, labels, **options).sum().backward()
+        loss, _ = cross_entropy(x + 0, labels, return_lse=True)
+        loss.backward()
     assert "_forward_with_grad" not in ran
 
 

@@ -326,8 +326,8 @@ def cross_entropy(
     training; less in short rows), go to eager PyTorch with its rounding, unless an option below that eager lacks or a
     backend is asked for.
 
-    In training on a CPU, with a reduction and without class weights or any of the options below, the forward also
-    computes the gradient for the factor that the backward before was given, and keeps it until its own backward.
+    In training on a CPU, with a reduction and without class weights, return_lse and inplace, the forward also computes
+    the gradient for the factor that the backward before was given, and keeps it until its own backward.
 
     Args: as torch.nn.functional.cross_entropy, and
         input: logits (C,), (N, C) or (N, C, d1, ...) with any strides; float32, float64, bfloat16 or float16.
@@ -351,7 +351,8 @@ def cross_entropy(
     given = (input, target, weight, ignore_index, reduction, label_smoothing)
     way = None
     plain = not (z_loss or softcap or return_lse or inplace) and label_smoothing <= 1  # eager has no more options
-    if plain and dispatch.may_hand_over(input) and not is_transformed():
+    as_it_comes = dispatch.may_hand_over(input) and not is_transformed()  # eager, plain tensors on a CPU
+    if plain and as_it_comes:
         way = _way(torch.get_num_threads(), autocasts(input), *given[:-1])
     if way == "eager":
         with contextlib.suppress(Exception):  # told again below, with the argument and its value
@@ -367,7 +368,7 @@ def cross_entropy(
         if inplace:
             _check_inplace(input)
             inplace = not torch.compiler.is_compiling()
-        guesses = way == "kernel" and weight is None and reduction != "none"
+        guesses = as_it_comes and weight is None and reduction != "none" and not (return_lse or inplace)
         out = _CrossEntropy.apply(flat, flat_target, weight, return_lse, inplace, options, guesses)
         loss, lse = out if return_lse else (out, None)
     else:
