@@ -69,7 +69,7 @@ def is_in_trimmed_set(item) -> bool:
     again = item.originalname in AGAIN
     if INTERPRETED and emulated.too_large(case, INTERPRETER_BUDGET // (4 if again else 1)):
         return False
-    if INTERPRETED and again and sum(case.id.encode()) % 3:
+    if INTERPRETED and again and sum(case.id.encode()) % 3 != 1:  # which has some of every op
         return False
     return "dtype" not in parameters or parameters["dtype"] == case.dtypes[sum(case.id.encode()) % len(case.dtypes)]
 
