@@ -19,9 +19,7 @@ PYFUSED_INLINE Status check_cross_entropy(const View& loss, const View& lse, con
     PYFUSED_REQUIRE(target.contiguous() && target.numel() == rows, "target", "must be one contiguous label per row");
   } else {
     PYFUSED_REQUIRE(target.dtype == input.dtype || target.dtype == arithmetic, "target", "must have the logits' dtype");
-    PYFUSED_REQUIRE(target.ndim == input.ndim, "target", "must have the logits' shape");
-    for (int i = 0; i < input.ndim; ++i)
-      PYFUSED_REQUIRE(target.shape[i] == input.shape[i], "target", "must have the logits' shape");
+    PYFUSED_REQUIRE(same_shape(target, input), "target", "must have the logits' shape");
   }
   PYFUSED_REQUIRE(stats.ndim == 2 && stats.contiguous() && stats.shape[0] == 3 && stats.shape[1] == rows &&
                       stats.dtype == arithmetic,

@@ -22,11 +22,5 @@ PYFUSED_INLINE bool is_nhwc(const View& v) {
   }
   return true;
 }
-PYFUSED_INLINE bool same_shape(const View& a, const View& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int i = 0; i < a.ndim; ++i)
-    if (a.shape[i] != b.shape[i]) return false;
-  return true;
-}
 
 }  // namespace pyfused

@@ -82,6 +82,13 @@ struct View {
   PYFUSED_INLINE bool index() const { return dtype == DType::i32 || dtype == DType::i64; }
 };
 
+PYFUSED_INLINE bool same_shape(const View& a, const View& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i)
+    if (a.shape[i] != b.shape[i]) return false;
+  return true;
+}
+
 // What a kernel returns. `argument` and `problem` are string literals.
 struct Status {
   enum Code { ok, invalid, out_of_range, failed } code = ok;

@@ -86,6 +86,10 @@ def eager_results(run, case, dtype: torch.dtype, what: str) -> tuple[list, list,
     return results
 
 
+def eager_gradients(case, dtype: torch.dtype) -> tuple[list, list, list]:
+    return eager_results(lambda a: gradients_of(eager(case.op), a, case.grad), case, dtype, "gradients")
+
+
 def densify(x: torch.Tensor) -> torch.Tensor:
     return x.to_dense() if x.is_sparse else x
 
@@ -115,6 +119,5 @@ def check(
 def check_gradients(case, device: str, dtype: torch.dtype) -> None:
     """`check` for every gradient of a case."""
     got = gradients_of(public(case.op), on(device, case.arguments(dtype)), case.grad)
-    results = eager_results(lambda a: gradients_of(eager(case.op), a, case.grad), case, dtype, "gradients")
-    for name, g, t, e, r in zip(case.grad, got, *results, strict=True):
+    for name, g, t, e, r in zip(case.grad, got, *eager_gradients(case, dtype), strict=True):
         check(g, t, e, r, case.slack_for(dtype), f"{case.id} gradient of {name}")

@@ -6,13 +6,10 @@ from accuracy import (
     check,
     check_gradients,
     densify,
-    eager,
-    eager_rounding,
-    gradients_of,
+    eager_gradients,
     on,
     outputs_of,
     public,
-    to_float64,
 )
 from cases import CASES
 from conftest import device_of
@@ -50,10 +47,7 @@ def test_any_forward_pairs_with_any_backward(case, forward, backward):
     upstream = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype).to(device) for o in outputs]
     with pyfused.use_backend(backward):
         got = torch.autograd.grad(outputs, [moved[n] for n in case.grad], upstream, allow_unused=True)
-    truth = gradients_of(eager(case.op), to_float64(arguments), case.grad)
-    at_dtype = gradients_of(eager(case.op), arguments, case.grad)
-    rounding = eager_rounding(lambda a: gradients_of(eager(case.op), a, case.grad), case, torch.float32)
-    for name, x, t, e, r in zip(case.grad, got, truth, at_dtype, rounding, strict=True):
+    for name, x, t, e, r in zip(case.grad, got, *eager_gradients(case, torch.float32), strict=True):
         x = torch.zeros_like(t, dtype=torch.float32) if x is None else x
         check(x, t, e, r, case.slack_for(torch.float32), f"{case.id} gradient of {name}")
 

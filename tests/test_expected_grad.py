@@ -97,6 +97,13 @@ def test_the_reference_has_the_same_signature_and_values():
         torch.testing.assert_close(got[i], expected[i])
 
 
+@pytest.mark.parametrize("shape", [(19, 801), (2, 60, 9)])
+def test_registration(shape):
+    x, labels = problem(shape, torch.float32)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.library.opcheck(torch.ops.pyfused.cross_entropy_with_grad.default, (0.37, x, labels, *packed()))
+
+
 # --- In training
 @pytest.fixture
 def ran(monkeypatch):
@@ -243,6 +250,14 @@ def test_activation_checkpoints_hold_no_gradient(ran):
     loss = torch.utils.checkpoint.checkpoint(cross_entropy, x, labels, use_reentrant=False)
     assert ran[2:] == ["_forward"]
     assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
+
+
+def test_a_profiler_sees_what_runs_without_it(ran):
+    x, labels = logits()
+    step(x, labels)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        step(x, labels)
+    assert ran == LONG + SHORT
 
 
 @pytest.mark.parametrize("options", [{"z_loss": 1e-3}, {"softcap": 3.0, "reduction": "sum"}])

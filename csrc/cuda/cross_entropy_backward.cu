@@ -123,9 +123,7 @@ Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, Vi
                               View weight_sum, View stats, View total, int reduction, int64_t ignore_index,
                               double label_smoothing, double z_loss, double softcap, Stream stream) {
   PYFUSED_TRY(check_cross_entropy(grad_loss, grad_lse, stats, total, input, target, weight, reduction));
-  PYFUSED_REQUIRE(grad_input.ndim == input.ndim && grad_input.dtype == input.dtype, "grad_input", "must be like input");
-  for (int i = 0; i < input.ndim; ++i)
-    PYFUSED_REQUIRE(grad_input.shape[i] == input.shape[i], "grad_input", "must be like input");
+  PYFUSED_REQUIRE(grad_input.dtype == input.dtype && same_shape(grad_input, input), "grad_input", "must be like input");
   const bool smoothed_weights = weight && target.dtype == DType::i64 && label_smoothing > 0;
   PYFUSED_REQUIRE(!smoothed_weights || (weight_sum && weight_sum.numel() == 1 && weight_sum.dtype == weight.dtype),
                   "weight_sum", "must be one number of the dtype of weight");

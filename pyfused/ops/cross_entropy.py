@@ -189,7 +189,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, target, weight, return_lse, inplace, options, guesses):
-        ctx.options, ctx.inplace = options, inplace
+        ctx.options, ctx.inplace, ctx.grad_input = options, inplace, None
         ctx.kind = (input.dtype, input.shape[1], options) if guesses else None
         ctx.guess = _expected.guess(ctx.kind) if guesses else None
         if ctx.guess is None:
@@ -206,7 +206,7 @@ class _CrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable(ctx, input, target, weight, grad_loss, grad_lse), *none
         if ctx.kind:
-            grad_input, ctx.grad_input = None if ctx.guess is None else ctx.grad_input, None
+            grad_input, ctx.grad_input = ctx.grad_input, None
             if _expected.is_right(ctx.kind, ctx.guess, grad_loss) and grad_input is not None:
                 return grad_input, *none
             del grad_input  # before another is allocated

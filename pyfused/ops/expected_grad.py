@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._library import SIGNATURES, undisturbed
+from .._library import SIGNATURES
 
 LONGEST_REST = 64  # forwards
 MOST_OPEN = 8  # guesses whose backward has not come: so many gradients may be held, or computed in vain
@@ -46,7 +46,7 @@ class ExpectedGrad:
 
     def is_right(self, kind: tuple, guess: float | None, grad: torch.Tensor) -> bool:
         """For a backward that gets `grad`: whether this was guessed. After a wrong guess it rests, longer each time."""
-        if not undisturbed((grad,), (0,)):
+        if torch._C._functorch.is_legacy_batchedtensor(grad):  # torch.autograd.grad(is_grads_batched=True): several
             return False
         value = grad.item()
         known = self._kinds.get(kind)

@@ -6,7 +6,7 @@
 //
 // Tiles   rows of 40 adjacent classes or more as they lie, others in gathered tiles; these are transposed back, or stored as
 //         they are where rows are adjacent.
-// Traffic of the logits: one read and one write. One exp per element.
+// Traffic of the logits: one read and one write, past the caches for a large gradient. One exp per element.
 // Reads   the statistics of the forward: [maximum m, S, x]; exp(z_c - m) / S instead of exp(z_c - lse), and x for the label,
 //         so that a confident row's gradient keeps its digits.
 // Edges   grad_input may be the input itself: a row's tail and label are read before anything of it is written.
@@ -55,7 +55,7 @@ Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, Vi
   if (Status s = check_cross_entropy(grad_loss, grad_lse, stats, total, input, target, weight, reduction);
       s.code != Status::ok)
     return s;
-  if (Status s = check_like(grad_input, input); s.code != Status::ok) return s;
+  PYFUSED_REQUIRE(grad_input.dtype == input.dtype && same_shape(grad_input, input), "grad_input", "must be like input");
   return for_dtype(input.dtype, [&](auto type) {
     using T = decltype(type);
     Options<compute_t<T>> o(input, target, weight, stats, reduction, ignore_index, label_smoothing, z_loss, softcap);

@@ -1,17 +1,11 @@
-// The gradient of cross_entropy for a group of rows: what the backward does, and the forward that takes it along.
+// The gradient of cross_entropy for a group of rows, from their logits and statistics: all of the backward, whose formula,
+// tiles and edges stand in cross_entropy_backward.cpp, and what the forward does when it writes the gradient as well.
 #pragma once
 #include "cpu/kernels/cross_entropy.h"
 
 namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
-
-PYFUSED_INLINE Status check_like(const View& grad_input, const View& input) {
-  PYFUSED_REQUIRE(grad_input.ndim == input.ndim && grad_input.dtype == input.dtype, "grad_input", "must be like input");
-  for (int i = 0; i < input.ndim; ++i)
-    PYFUSED_REQUIRE(grad_input.shape[i] == input.shape[i], "grad_input", "must be like input");
-  return {};
-}
 
 template <class C>
 struct Slopes {  // one lane per row
