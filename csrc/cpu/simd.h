@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -48,6 +49,18 @@ template <class C>
 using Vec = typename VecOf<C>::type;  // C = float or double; Vec<C> < Vec<C> gives an integer mask for ?:
 template <class C>
 constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(C));
+
+template <class C>
+using Mask = decltype(Vec<C>{} < Vec<C>{});  // also the vector of integers as wide as C
+
+template <class C, int... lane>
+PYFUSED_INLINE Mask<C> lanes_from(std::integer_sequence<int, lane...>) {
+  return Mask<C>{lane...};  // an initialiser, because GCC makes no constant of a loop
+}
+template <class C>
+PYFUSED_INLINE Mask<C> lane_numbers() {
+  return lanes_from<C>(std::make_integer_sequence<int, lanes<C>>());
+}
 
 template <class N>
 PYFUSED_INLINE N min(N a, N b) {
@@ -189,20 +202,48 @@ PYFUSED_INLINE void stream_end() {
 #endif
 }
 
-// --- The first n lanes only (0 <= n <= lanes): tails. Lanes past n read as `fill` and are not written.
+// --- The first n lanes only (0 <= n <= lanes): tails. Lanes past n read as `fill` and are not written. Under a mask where
+// there is one; else by memcpy, a call, which takes longer than the arithmetic on a short tail.
 template <class T>
 PYFUSED_INLINE Vec<compute_t<T>> load_first(const T* p, int64_t n, compute_t<T> fill = 0) {
-  constexpr int width = lanes<compute_t<T>>;
-  if (n == width) return load(p);
-  T buffer[width];
-  for (int i = 0; i < width; ++i) buffer[i] = from_compute<T>(fill);
+  using C = compute_t<T>;
+  if (n == lanes<C>) return load(p);
+#if defined(__AVX512F__)
+  const uint32_t first = (1u << n) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    return (Vec<C>)_mm512_mask_loadu_ps((__m512)splat(fill), first, p);
+  else if constexpr (std::is_same_v<T, double>)
+    return (Vec<C>)_mm512_mask_loadu_pd((__m512d)splat(fill), first, p);
+#elif defined(__AVX2__)
+  const Mask<C> first = lane_numbers<C>() < static_cast<int>(n);
+  if constexpr (std::is_same_v<T, float>)
+    return first ? (Vec<C>)_mm256_maskload_ps(p, (__m256i)first) : splat(fill);
+  else if constexpr (std::is_same_v<T, double>)
+    return first ? (Vec<C>)_mm256_maskload_pd(p, (__m256i)first) : splat(fill);
+#endif
+  T buffer[lanes<C>];
+  for (int i = 0; i < lanes<C>; ++i) buffer[i] = from_compute<T>(fill);
   std::memcpy(buffer, p, n * sizeof(T));
   return load(buffer);
 }
 template <class T>
 PYFUSED_INLINE void store_first(T* p, Vec<compute_t<T>> v, int64_t n) {
-  if (n == lanes<compute_t<T>>) return store(p, v);
-  T buffer[lanes<compute_t<T>>];
+  using C = compute_t<T>;
+  if (n == lanes<C>) return store(p, v);
+#if defined(__AVX512F__)
+  const uint32_t first = (1u << n) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, first, (__m512)v);
+  else if constexpr (std::is_same_v<T, double>)
+    return _mm512_mask_storeu_pd(p, first, (__m512d)v);
+#elif defined(__AVX2__)
+  const Mask<C> first = lane_numbers<C>() < static_cast<int>(n);
+  if constexpr (std::is_same_v<T, float>)
+    return _mm256_maskstore_ps(p, (__m256i)first, (__m256)v);
+  else if constexpr (std::is_same_v<T, double>)
+    return _mm256_maskstore_pd(p, (__m256i)first, (__m256d)v);
+#endif
+  T buffer[lanes<C>];
   store(buffer, v);
   std::memcpy(p, buffer, n * sizeof(T));
 }
@@ -219,18 +260,7 @@ PYFUSED_INLINE f16 from_compute<f16>(float x) {
   return buffer[0];
 }
 
-// --- Lane numbers, and sums over lanes in a fixed order: lane i with lane i + width, width halved until one is left
-template <class C>
-using Mask = decltype(Vec<C>{} < Vec<C>{});  // also the vector of integers as wide as C
-
-template <class C, int... lane>
-PYFUSED_INLINE Mask<C> lanes_from(std::integer_sequence<int, lane...>) {
-  return Mask<C>{lane...};  // an initialiser, because GCC makes no constant of a loop
-}
-template <class C>
-PYFUSED_INLINE Mask<C> lane_numbers() {
-  return lanes_from<C>(std::make_integer_sequence<int, lanes<C>>());
-}
+// --- Sums over lanes in a fixed order: lane i with lane i + width, width halved until one is left
 // The lanes `index` of (a, b) put one behind the other.
 template <class C, int... index>
 PYFUSED_INLINE Vec<C> shuffle(Vec<C> a, Vec<C> b) {

@@ -10,7 +10,8 @@
 //         random reads is the floor. B = 65,536 pairs, D = 64, float32: 35 MB.
 // Saves   nothing: the backward gathers again.
 // Sums    in float (double for double).
-// Edges   an id outside its table stops the kernel before it writes anything. D = 0 gives the biases alone.
+// Edges   an id outside its table is an error; which scores were written before is not defined. D = 0 gives the biases
+//         alone.
 #include "cpu/kernels/embedding_dot.h"
 
 #include "cpu/kernels.h"
@@ -20,8 +21,8 @@ namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-// out[i] = ⟨u[i], v[i]⟩ for four pairs of rows; `one_user`: u[0] is the left row of all four.
-template <bool one_user, class T>
+// out[i] = ⟨u[i], v[i]⟩ for four pairs of rows; `one_user`: u[0] is the left row of all four; `whole`: of whole vectors.
+template <bool one_user, bool whole, class T>
 PYFUSED_INLINE void dot4(const T* const* u, const T* const* v, int64_t dim, compute_t<T>* out) {
   using C = compute_t<T>;
   constexpr int64_t W = lanes<C>;
@@ -31,6 +32,7 @@ PYFUSED_INLINE void dot4(const T* const* u, const T* const* v, int64_t dim, comp
     Vec<C> left = load(u[0] + d);
     for (int i = 0; i < 4; ++i) sum[i] += (one_user || i == 0 ? left : load(u[i] + d)) * load(v[i] + d);
   }
+  if constexpr (whole) return reduce_add4(sum, out);
   if (d < dim && dim >= W) {  // the last W numbers, of which the loop has counted the first ones
     Mask<C> fresh = lane_numbers<C>() >= static_cast<int>(W - (dim - d));
     for (int i = 0; i < 4; ++i) {
@@ -43,40 +45,45 @@ PYFUSED_INLINE void dot4(const T* const* u, const T* const* v, int64_t dim, comp
   reduce_add4(sum, out);
 }
 
-// Scores [begin, end), looked up in chunks: addresses in one loop and arithmetic in another run at twice the rate of both
-// in one. The first rows of a chunk arrive while the others are looked up.
-template <class T>
-void score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* user_bias, const T* item_bias,
+// Scores [begin, end), a chunk at a time: its ids are checked, then each is read where it lies, and its row's address is
+// made where it is used. False, with what is left unwritten, if an id is outside its table.
+template <bool whole, class T>
+bool score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* user_bias, const T* item_bias,
            int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t kChunk = 256;
-  int64_t user_ids[kChunk], item_ids[kChunk];
-  const T *u[kChunk], *v[kChunk];
+  int64_t user_copy[kChunk], item_copy[kChunk];
   C dots[kChunk];
-  int64_t per_user = item.count / user.count, b = begin / per_user, k = begin % per_user;
+  const int64_t per_user = item.count / user.count;
+  int64_t b = begin / per_user, k = begin % per_user;
   for (int64_t p = begin; p < end; p += kChunk) {
-    int64_t count = min(kChunk, end - p);
-    item.copy(p, count, item_ids);
-    if (per_user == 1)
-      user.copy(p, count, user_ids);
-    else
+    const int64_t count = min(kChunk, end - p);
+    const int64_t *user_ids = user_copy, *item_ids = item.four_by_four(p, count, item_copy);
+    if (per_user == 1) {
+      user_ids = user.four_by_four(p, count, user_copy);
+    } else {
       for (int64_t t = 0; t < count; ++t) {
-        user_ids[t] = user[b];
+        user_copy[t] = user[b];
         if (++k == per_user) k = 0, ++b;
       }
-    for (int64_t t = 0; t < count; ++t) u[t] = users.row(user_ids[t]), v[t] = items.row(item_ids[t]);
-    for (int64_t t = 0; t < min(kAhead, count); ++t) users.prefetch(u[t]), items.prefetch(v[t]);
-    for (int64_t t = count; t % 4; ++t) u[t] = u[count - 1], v[t] = v[count - 1];
+      for (int64_t t = count; t % 4; ++t) user_copy[t] = user_copy[count - 1];
+    }
+    if (!users.have(user_ids, count) || !items.have(item_ids, count)) return false;
+    auto prefetch = [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < min(last, count); ++t) {
+        if (t == 0 || user_ids[t] != user_ids[t - 1]) users.prefetch(users.row(user_ids[t]));
+        items.prefetch(items.row(item_ids[t]));
+      }
+    };
+    prefetch(0, kAhead);
     for (int64_t t = 0; t < count; t += 4) {
-      if (users.far || items.far)
-        for (int64_t ahead = t + kAhead; ahead < min(t + kAhead + 4, count); ++ahead) {
-          if (u[ahead] != u[ahead - 1]) users.prefetch(u[ahead]);
-          items.prefetch(v[ahead]);
-        }
-      if (u[t] == u[t + 1] && u[t] == u[t + 2] && u[t] == u[t + 3])
-        dot4<true>(u + t, v + t, users.dim, dots + t);
+      if (users.far || items.far) prefetch(t + kAhead, t + kAhead + 4);
+      const T *u[4], *v[4];
+      for (int64_t i = 0; i < 4; ++i) u[i] = users.row(user_ids[t + i]), v[i] = items.row(item_ids[t + i]);
+      if (per_user >= 4 && u[0] == u[3])  // four scores in a row are of one user, or of two: then these are equal
+        dot4<true, whole>(u, v, users.dim, dots + t);
       else
-        dot4<false>(u + t, v + t, users.dim, dots + t);
+        dot4<false, whole>(u, v, users.dim, dots + t);
     }
     if (user_bias)
       for (int64_t t = 0; t < count; ++t) dots[t] += to_compute(user_bias[user_ids[t]]);
@@ -84,6 +91,7 @@ void score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
       for (int64_t t = 0; t < count; ++t) dots[t] += to_compute(item_bias[item_ids[t]]);
     for (int64_t t = 0; t < count; ++t) out[p + t] = from_compute<T>(dots[t]);
   }
+  return true;
 }
 
 bool is_bias(View bias, View weight) {
@@ -104,18 +112,21 @@ Status embedding_dot(View out, View user, View item, View user_weight, View item
                   "must share one dtype");
   PYFUSED_REQUIRE(is_bias(user_bias, user_weight), "user_bias", "must be contiguous, one number per row, same dtype");
   PYFUSED_REQUIRE(is_bias(item_bias, item_weight), "item_bias", "must be contiguous, one number per row, same dtype");
-  if (Status s = check_ids("user", Ids(user), user_weight.shape[0], threads); s.code != Status::ok) return s;
-  if (Status s = check_ids("item", Ids(item), item_weight.shape[0], threads); s.code != Status::ok) return s;
   int64_t scores = item.numel();
   if (scores == 0) return {};
   PYFUSED_REQUIRE(user.numel() > 0 && scores % user.numel() == 0, "item", "must hold K ids for every user");
   return for_dtype(out.dtype, [&](auto tag) {
     using T = decltype(tag);
+    const auto run = user_weight.shape[1] % lanes<compute_t<T>> == 0 ? score<true, T> : score<false, T>;
+    bool inside = true;
     parallel_for(scores, 256, threads, [&](int64_t begin, int64_t end, int) {
-      score(out.as<T>(), Ids(user), Ids(item), Table<T>(user_weight), Table<T>(item_weight), user_bias.as<T>(),
-            item_bias.as<T>(), begin, end);
+      if (!run(out.as<T>(), Ids(user), Ids(item), Table<T>(user_weight), Table<T>(item_weight), user_bias.as<T>(),
+               item_bias.as<T>(), begin, end))
+        __atomic_store_n(&inside, false, __ATOMIC_RELAXED);
     });
-    return Status{};
+    if (inside) return Status{};
+    if (Status s = check_ids("user", Ids(user), user_weight.shape[0], threads); s.code != Status::ok) return s;
+    return check_ids("item", Ids(item), item_weight.shape[0], threads);
   });
 }
 

@@ -28,26 +28,38 @@ struct Ids {
   PYFUSED_INLINE int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
-  PYFUSED_INLINE void copy(int64_t first, int64_t n, int64_t* to) const {
-    if (wide)
-      std::memcpy(to, static_cast<const int64_t*>(data) + first, n * sizeof(int64_t));
-    else
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<const int32_t*>(data)[first + i];
+  // The ids first, ..., first + n - 1 and, if need be, the last one again until they are a multiple of four: where they
+  // lie if they are int64 and that many, else in `copy`.
+  PYFUSED_INLINE const int64_t* four_by_four(int64_t first, int64_t n, int64_t* copy) const {
+    if (wide && n % 4 == 0) return static_cast<const int64_t*>(data) + first;
+    for (int64_t i = 0; i < n; ++i) copy[i] = (*this)[first + i];
+    for (int64_t i = n; i % 4; ++i) copy[i] = copy[n - 1];
+    return copy;
   }
 };
 
 template <class T>
 struct Table {
   const T* data;
-  int64_t stride, dim;
+  int64_t rows, stride, dim;
   bool far, farther;  // too large for the second-level cache, so worth a prefetch; or even for the third
   explicit Table(View v)
       : data(v.as<T>()),
+        rows(v.shape[0]),
         stride(v.strides[0]),
         dim(v.shape[1]),
         far(v.shape[0] * stride > (2 << 20) / int64_t{sizeof(T)}),
         farther(v.shape[0] * stride > (16 << 20) / int64_t{sizeof(T)}) {}
-  PYFUSED_INLINE const T* row(int64_t id) const { return data + id * stride; }
+  PYFUSED_INLINE bool have(const int64_t* ids, int64_t n) const {
+    uint64_t outside = 0;
+    for (int64_t i = 0; i < n; ++i) outside |= static_cast<uint64_t>(ids[i]) >= static_cast<uint64_t>(rows);
+    return !outside;
+  }
+  PYFUSED_INLINE const T* row(int64_t id) const {
+    int64_t offset = id * stride;
+    asm("" : "+r"(offset));  // else GCC takes four rows' offsets from one vector multiplication, which is slower
+    return data + offset;
+  }
   PYFUSED_INLINE void prefetch(const T* row) const {
     if (far) farther ? prefetch_row(row, dim) : prefetch_row<3>(row, dim);
   }
