@@ -171,6 +171,16 @@ def test_other_shapes(user_shape, item_shape):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [(1027,), (171, 6)], ids=["pairs", "per-user"])
+@pytest.mark.parametrize("users, items", [(10_000, 10), (10, 70_000)])
+def test_tables_beyond_the_caches(users, items, shape):
+    """Their rows are prefetched: into the first cache, or from more than 16 MB into the second."""
+    parameters = tables(users, items, dim=64)
+    user, item = ids(users, shape[0]), ids(items, *shape)
+    expected = reference(user, item, *(p.double() for p in parameters))
+    torch.testing.assert_close(embedding_dot(user, item, *parameters).double(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_nan_and_inf_stay_where_they_are():
     for dim in (5, 20, 33):
         user_weight, item_weight = (t.detach().clone() for t in tables(dim=dim)[:2])
@@ -191,6 +201,22 @@ def test_ids_out_of_range(argument, bad):
     with pytest.raises(IndexError, match=rf"{argument} {bad} .*{argument}\[37\]"):
         embedding_dot(given["user"], given["item"], *parameters).sum().backward()
     assert all((p.grad == 1).all() for p in parameters)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("shape", [(1027,), (171, 6)], ids=["pairs", "per-user"])
+def test_ids_out_of_range_wherever_they_stand(shape, dtype):
+    """The forward checks a chunk of scores at a time, some ids where they lie and some in a copy."""
+    tables = torch.ones(50, 4), torch.ones(60, 4)
+    good = {"user": ids(50, shape[0]).to(dtype), "item": ids(60, *shape).to(dtype)}
+    for argument, bad in (("user", 50), ("item", 60), ("item", -1)):
+        last = good[argument].numel() - 1
+        for at in (0, 1, last // 2, last - 1, last):
+            given = {name: tensor.clone() for name, tensor in good.items()}
+            given[argument].view(-1)[at:] = bad
+            with torch.no_grad(), pytest.raises(IndexError, match=rf"{argument} {bad} .*{argument}\[{at}\]"):
+                embedding_dot(given["user"], given["item"], *tables)
 
 
 @native
