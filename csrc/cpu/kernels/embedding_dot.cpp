@@ -69,7 +69,8 @@ bool score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
       for (int64_t t = count; t % 4; ++t) user_copy[t] = user_copy[count - 1];
     }
     if (!users.have(user_ids, count) || !items.have(item_ids, count)) return false;
-    auto prefetch = [&](int64_t first, int64_t last) {
+    // Inlined, or GCC would drop the calls: to it a prefetch is no effect.
+    auto prefetch = [&](int64_t first, int64_t last) __attribute__((always_inline)) {
       for (int64_t t = first; t < min(last, count); ++t) {
         if (t == 0 || user_ids[t] != user_ids[t - 1]) users.prefetch(users.row(user_ids[t]));
         items.prefetch(items.row(item_ids[t]));
