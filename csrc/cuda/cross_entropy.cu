@@ -151,9 +151,10 @@ __device__ void finish(const Problem<C>& p, const Outputs<C>& out, const double 
 }
 
 // Classes adjacent: p.lanes threads to a row.
-template <bool SOFT, class T, class U, class C = compute_t<T>>
+template <bool SOFT, bool PLAIN, class T, class U, class C = compute_t<T>>
 __global__ void __launch_bounds__(512, kBlocksAtOnce<C, SOFT>)
     forward_rows(Problem<C> p, Outputs<C> out, Matrix<const T> logits, Matrix<const U> probabilities) {
+  if (PLAIN) p.spread = p.softcap = 0;  // as they are: now the compiler knows
   __shared__ RowSums<C> of_warp[16];
   const int lane = threadIdx.x % p.lanes, group = threadIdx.x / p.lanes, groups = blockDim.x / p.lanes;
   const bool with_spread = SOFT || p.spread > 0;
@@ -239,12 +240,12 @@ Status cross_entropy(View loss, View lse, View stats, View total, View workspace
     const Outputs<C> out = {loss.as<C>(), lse ? lse.as<C>() : nullptr, total.as<C>(),
                             reinterpret_cast<unsigned*>(memory), memory + 1};
     if (grid.blocks > 1) PYFUSED_TRY(status_of(cudaMemsetAsync(memory, 0, sizeof(unsigned), stream)));
-    return specialize<decltype(type)>(target, [&](auto soft, auto t, auto u) {
+    return specialize<decltype(type)>(p, target, [&](auto soft, auto plain, auto t, auto u) {
       using T = decltype(t);
       using U = decltype(u);
       const Matrix<const T> z(input);
       const Matrix<const U> y(soft ? target : input);
-      const auto kernel = adjacent ? forward_rows<soft(), T, U> : forward_columns<soft(), T, U>;
+      const auto kernel = adjacent ? forward_rows<soft(), plain(), T, U> : forward_columns<soft(), T, U>;
       return launch(kernel, grid.blocks, grid.threads, 0, stream, p, out, z, y);
     });
   });

@@ -136,14 +136,16 @@ Grid grid_of(const Problem<C>& p, bool adjacent) {
   return {static_cast<int>(blocks < 1 ? 1 : blocks < kMaxBlocks ? blocks : kMaxBlocks), threads};
 }
 
-// Calls run(soft, T{}, U{}) for this problem's types: U holds probabilities, in the logits' type or in the type of the
-// arithmetic.
-template <class T, class Run>
-Status specialize(const View& target, const Run& run) {
-  using C = compute_t<T>;
-  if (target.dtype == DType::i64) return run(std::false_type(), T(), T());
-  if (target.dtype == DType::f32 && !std::is_same_v<T, C>) return run(std::true_type(), T(), C());
-  return run(std::true_type(), T(), T());
+// Calls run(soft, plain, T{}, U{}) for this problem's types: U holds probabilities, in the logits' type or in the type of
+// the arithmetic. plain: labels without smoothing and softcap, the most frequent problem, whose loop then has no branches
+// for them.
+template <class T, class Run, class C = compute_t<T>>
+Status specialize(const Problem<C>& p, const View& target, const Run& run) {
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (p.labels) return p.spread > 0 || p.softcap > 0 ? run(No(), No(), T(), T()) : run(No(), Yes(), T(), T());
+  if (target.dtype == DType::f32 && !std::is_same_v<T, C>) return run(Yes(), No(), T(), C());
+  return run(Yes(), No(), T(), T());
 }
 
 }  // namespace cuda

@@ -70,9 +70,10 @@ __device__ __forceinline__ void slope(const Problem<C>& p, const Slopes<C>& s, C
 }
 
 // Classes adjacent: p.lanes threads to a row.
-template <bool SOFT, class T, class U, class C = compute_t<T>>
+template <bool SOFT, bool PLAIN, class T, class U, class C = compute_t<T>>
 __global__ void __launch_bounds__(512, kBlocksAtOnce<C, SOFT>)
     backward_rows(Problem<C> p, Upstream<C> up, Matrix<T> grad, Matrix<const T> logits, Matrix<const U> probabilities) {
+  if (PLAIN) p.spread = p.softcap = 0;  // as they are: now the compiler knows
   const int lane = threadIdx.x % p.lanes, group = threadIdx.x / p.lanes, groups = blockDim.x / p.lanes;
   for (int64_t r = int64_t(blockIdx.x) * groups + group; r < p.rows; r += int64_t(gridDim.x) * groups) {
     const int label = p.label(r);
@@ -135,13 +136,13 @@ Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, Vi
     const Grid grid = grid_of(p, adjacent);
     const Upstream<C> up = {grad_loss.as<C>(), grad_lse ? grad_lse.as<C>() : nullptr, total.as<C>(),
                             weight_sum ? weight_sum.as<C>() : nullptr};
-    return specialize<decltype(type)>(target, [&](auto soft, auto t, auto u) {
+    return specialize<decltype(type)>(p, target, [&](auto soft, auto plain, auto t, auto u) {
       using T = decltype(t);
       using U = decltype(u);
       const Matrix<T> out(grad_input);
       const Matrix<const T> z(input);
       const Matrix<const U> y(soft ? target : input);
-      const auto kernel = adjacent ? backward_rows<soft(), T, U> : backward_columns<soft(), T, U>;
+      const auto kernel = adjacent ? backward_rows<soft(), plain(), T, U> : backward_columns<soft(), T, U>;
       return launch(kernel, grid.blocks, grid.threads, 0, stream, p, up, out, z, y);
     });
   });
