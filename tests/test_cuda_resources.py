@@ -149,10 +149,10 @@ def test_cross_entropy_moves_16_bytes_at_a_time(kernels, source, name, stores):
 
 @pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
 def test_cross_entropy_leaves_room_for_enough_threads(kernels, name):
-    """To hide the memory's latency: half of the threads that a multiprocessor can hold, for labels."""
+    """To hide the memory's latency: half of the threads that a multiprocessor can hold, for labels and no extras."""
     for source in ("cross_entropy", "cross_entropy_backward"):
         for k in kernels[source]:
-            if k.name.startswith(f"{name}<false") and "double" not in k.name:
+            if k.name.startswith(f"{name}<false, true") and "double" not in k.name:
                 assert k.registers <= 64, f"{k.name} on sm_{k.architecture}: {k.registers} registers"
 
 

@@ -152,7 +152,7 @@ __device__ void finish(const Problem<C>& p, const Outputs<C>& out, const double 
 
 // Classes adjacent: p.lanes threads to a row.
 template <bool SOFT, bool PLAIN, class T, class U, class C = compute_t<T>>
-__global__ void __launch_bounds__(512, kBlocksAtOnce<C, SOFT>)
+__global__ void __launch_bounds__(512, kBlocksAtOnce<C, !PLAIN>)
     forward_rows(Problem<C> p, Outputs<C> out, Matrix<const T> logits, Matrix<const U> probabilities) {
   if (PLAIN) p.spread = p.softcap = 0;  // as they are: now the compiler knows
   __shared__ RowSums<C> of_warp[16];
@@ -199,10 +199,10 @@ __global__ void __launch_bounds__(kBlock, 2 * kBlocksAtOnce<C, SOFT>)
       const U* y = SOFT ? probabilities.row(r) : nullptr;
       const int64_t stride = logits.class_stride, y_stride = SOFT ? probabilities.class_stride : 0;
       int c = slice;
-      for (; c < p.classes - 3 * p.slices; c += 4 * p.slices) {  // four loads under way at a time
-        C x[4];
+      for (; c < p.classes - (kAtOnce - 1) * p.slices; c += kAtOnce * p.slices) {
+        C x[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = to_compute(z[(c + i * p.slices) * stride]);
+        for (int i = 0; i < kAtOnce; ++i) x[i] = to_compute(z[(c + i * p.slices) * stride]);
         s.template add<SOFT, T>(p, x, y, y_stride, label, c, p.slices);
       }
       for (; c < p.classes; c += p.slices) {

@@ -16,8 +16,9 @@ constexpr int kMaxBlocks = 3;
 constexpr int kMaxBlocks = 4096;
 #endif
 // Blocks of 512 threads that a multiprocessor must hold at once: bounds the registers, to 64 or 128 a thread.
-template <class C, bool SOFT>
-constexpr int kBlocksAtOnce = SOFT || sizeof(C) == 8 ? 1 : 2;
+template <class C, bool INVOLVED>
+constexpr int kBlocksAtOnce = INVOLVED || sizeof(C) == 8 ? 1 : 2;
+constexpr int kAtOnce = 8;  // loads that a thread has under way where classes are not adjacent
 enum : int { kIgnored = -1, kBadLabel = -2 };
 
 template <class T>
