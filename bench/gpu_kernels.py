@@ -79,7 +79,7 @@ def _embedding_dot(backend, device, batch, rows, dim, dtype) -> Iterator[Kernel]
         args = (grad, user, item, items, rows, -1, True, False, False)
         return lambda: _run("embedding_dot_backward", backend, *args)
 
-    name = f"embedding_dot {batch} of {rows} rows of {row} bytes"
+    name = f"embedding_dot {batch} of {rows} D{dim} {str(dtype)[6:]}"
     yield Kernel(name, batch * (2 * row + 16 + dtype.itemsize), forward)
     yield Kernel(name + " backward, sort, dense", batch * (2 * row + 40) + rows * row, backward)
 
