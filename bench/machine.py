@@ -34,8 +34,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def _fastest(run, device: torch.device, seconds: float) -> float:
-    """Least time of one call in seconds: a ceiling is what the machine reaches when nothing disturbs it. On a GPU by its
-    own clock, of ten calls after each other: it would wait for the host to see the end of each."""
+    """Least time of one call in seconds: a ceiling is what the machine reaches when nothing disturbs it.
+
+    On a GPU by its own clock, of ten calls after each other: it would wait for the host to see the end of each.
+    """
     run()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
