@@ -9,9 +9,9 @@
 //         16-byte loads, what lies outside 16-byte boundaries one by one (at most 2 x 15 bytes of a row). Other layouts,
 //         (N, C, P) above all: 32 adjacent positions to a warp, coalesced; from 64 classes on 8 warps share the classes.
 // Traffic R C sizeof(T) bytes read, plus 8 R of labels and 12 R of statistics; 8192 x 128256 bf16: 2.1 GB, 0.49 ms at
-//         the 4.3 TB/s that an H200 copies. Arithmetic: one exp and about 11 instructions per 16-bit element (read off
-//         the disassembly), three quarters of what the multiprocessors issue in that time: bound by memory, not by
-//         much. Small problems are bound by the launch (2-3 us). None of these times has been measured.
+//         the 4.3 TB/s that an H200 copies. Arithmetic: one exp and about 10 instructions per 16-bit element (read off
+//         the disassembly; float32: 18), two thirds of what the multiprocessors issue in that time: bound by memory,
+//         not by much. Small problems are bound by the launch (2-3 us). None of these times has been measured.
 //         Few rows of many classes use one multiprocessor a row: 256 KB in about 4 us.
 // Online  Each thread keeps the maximum so far and ∑ exp(z - maximum), rescaled when the maximum grows; one comparison
 //         per 16 bytes. Labels: ∑ leaves the label out, see pyfused/ops/cross_entropy.py for what is saved and why.

@@ -114,9 +114,9 @@ Problem<C> problem_of(const View& input, const View& target, const View& weight,
   p.inverse_softcap = static_cast<C>(softcap > 0 ? 1 / softcap : 0);
   p.reduction = reduction;
   // About four 16-byte loads a thread: several rows to a warp up to 512 classes of 16 bits, 256 of 32. At 1000, two rows
-  // to a warp would share the some 45 instructions that reduce a row, besides 375 (12 a class, 31 classes a lane) that
-  // add up its classes: 5% fewer; but 8192 rows, which now are one wave of warps on an H200 (132 x 64), would be half of
-  // one, and each lane's chain of dependent steps twice as long. Beyond 4096 a block of 256 or 512 threads for every row.
+  // to a warp would share the some 45 instructions that reduce a row, besides 310 (10 a class, 31 classes a lane) that add
+  // up its classes, and 8192 rows would be one wave of warps on an H200 (132 x 32, by their registers), not two; but each
+  // lane's chain of dependent steps would be twice as long. Beyond 4096 a block of 256 or 512 threads for every row.
   const int64_t loads = ceil_div(p.classes, 4 * kWidth<T>);
   p.lanes = 4;
   while (p.lanes < 32 && p.lanes < loads) p.lanes *= 2;
