@@ -138,7 +138,7 @@ def _forward_kernel(
     y_at, _ = _begin(target, n, p, t_n, t_p, ALIGN, UNIT)
     label, kept, bad = _label(target, r, ok, classes, ignore_index, SOFT)
 
-    # Of each VECTOR of a row's block by itself, until the row ends: a thread has those that it reads, and waits for none.
+    # Of each VECTOR of a row's blocks by itself until the row ends: a thread has its own, and waits for no other.
     PARTS: tl.constexpr = BLOCK // VECTOR
     top = tl.full((ROWS, PARTS), -float("inf"), DTYPE)
     others = tl.zeros((ROWS, PARTS), DTYPE)  # ∑ exp(z - top) without the label
@@ -265,7 +265,7 @@ def _backward_kernel(
         y = y_at[:, None] + columns * t_c
         u = _spread(weight, c, y, inside, whole, classes, label_part, each, SMOOTH, SOFT, UNIT, DTYPE)
         d -= scale[:, None] * u
-    if not SOFT:
+    if not SOFT:  # noqa: SIM102  (decided when the kernel is compiled)
         if ROWS > 1 or (tl.sum(label, 0) >= start - head) & (tl.sum(label, 0) < start - head + BLOCK):
             d = tl.where(c[None, :] == label[:, None], at_label[:, None], d)
     if CAP:
