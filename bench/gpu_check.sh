@@ -5,7 +5,7 @@
 # next; those for which no time was left are for a second call, by their names (on another machine: build first). All
 # stages need 1060 seconds, the benchmarks against torch.compile more: with more to spend, every stage gets more, and in
 # a second call the benchmarks go on where they stopped, if OUT_DIR is the same. Leaves in OUT_DIR a log per stage,
-# summary.txt, and in OUT_DIR/bench the rows and their table.
+# summary.txt, in OUT_DIR/bench the rows and their table, and all of it in results.tar.gz.
 # torch, numpy, pytest and the build's requirements (setuptools, cmake, ninja, pybind11) must be installed, and what
 # pyfused needs besides (typer, rich, matplotlib, pillow). Without nvcc the GPU runs the Triton kernels only. Rivals are
 # raced where they can be imported: liger-kernel, quack-kernels, cut-cross-entropy, flash-attn, apex.
@@ -112,5 +112,7 @@ stage conv-algorithms 30 "$python" -m pyfused.bench.conv_algorithms conv_algorit
 stage bench 190 "$python" -m pyfused.bench.gpu bench --minutes $((3 * share / 100))
 stage bench-no-compile 60 "$python" -m pyfused.bench.gpu bench-no-compile --minutes $((share / 100)) --no-compile
 stage tests-rest 120 "${test[@]}" "${parallel[@]}" -k "not ($gpu)"
+grep -hE ' (cuda|triton) ' kernels.log 2>/dev/null
 cat bench*/table.txt 2>/dev/null
+tar -czf results.tar.gz --exclude=source --exclude=results.tar.gz ./* 2>/dev/null
 echo "total $SECONDS s; logs, rows and tables in $out"

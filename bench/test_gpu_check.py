@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,8 @@ def test_stages_of_the_gpu_check(tmp_path):
         return {line.split()[0]: int(line.split()[-1]) for line in run.stdout.splitlines()[:-1]}
 
     everything = seconds()
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as results:
+        assert {"./summary.txt", "./kernels.log"} <= set(results.getnames())
     names = list(everything)
     assert names[:4] == ["machine", "build", "tests-gpu", "tests-triton"] and "tests-autotune" in names
     assert sum(everything[n] for n in names[: names.index("memcheck-triton") + 1]) <= 520
