@@ -5,7 +5,7 @@
 # next; those for which no time was left are for a second call, by their names (on another machine: build first). All
 # stages need 1060 seconds, the benchmarks against torch.compile more: with more to spend, every stage gets more, and in
 # a second call the benchmarks go on where they stopped, if OUT_DIR is the same. Leaves in OUT_DIR a log per stage,
-# summary.txt, and in OUT_DIR/bench the rows and their table.
+# summary.txt, in OUT_DIR/bench the rows and their table, and all of it in results.tar.gz.
 # torch, numpy, pytest and the build's requirements (setuptools, cmake, ninja, pybind11) must be installed, and what
 # pyfused needs besides (typer, rich, matplotlib, pillow). Without nvcc the GPU runs the Triton kernels only. Rivals are
 # raced where they can be imported: liger-kernel, quack-kernels, cut-cross-entropy, flash-attn, apex.
@@ -97,9 +97,9 @@ gpu="cuda or triton or gpu"
 cuda="not emulat and not resources and not triton"
 triton="triton and not emulat and not compile and not interpreter"
 test=("$python" -m pytest -q -p no:cacheprovider "$root/tests")
-parallel=() # what compiles, or runs on the CPU
+parallel=() # what compiles, or compares with what it computes on the CPU
 if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 8); fi
-stage tests-gpu 120 "${test[@]}" -k "($gpu) and $cuda"
+stage tests-gpu 120 "${test[@]}" -k "($gpu) and $cuda" "${parallel[@]}"
 stage tests-triton 100 "${test[@]}" -k "$triton" --few "${parallel[@]}"
 stage tests-gemm 40 env PYFUSED_CUDA_CONV=own "${test[@]}" -k "cuda and conv2d and $cuda"
 # Our kernels only, by their mangled names: to instrument PyTorch's takes most of the time.
@@ -107,9 +107,12 @@ stage memcheck 45 bash -c "sanitize memcheck cuda 1 --kernel-name kns=pyfused"
 stage memcheck-triton 45 bash -c "sanitize memcheck triton 6 --kernel-name-exclude kns=_ZN2at"
 stage racecheck 50 bash -c "sanitize racecheck cuda 1 --kernel-name kns=pyfused"
 stage tests-autotune 60 env PYFUSED_AUTOTUNE=1 "${test[@]}" -k "conv2d and ((cuda and $cuda) or ($triton))" --few
+stage kernels 30 "$python" -m pyfused.bench.gpu_kernels
 stage conv-algorithms 30 "$python" -m pyfused.bench.conv_algorithms conv_algorithms.csv
 stage bench 190 "$python" -m pyfused.bench.gpu bench --minutes $((3 * share / 100))
 stage bench-no-compile 60 "$python" -m pyfused.bench.gpu bench-no-compile --minutes $((share / 100)) --no-compile
 stage tests-rest 120 "${test[@]}" "${parallel[@]}" -k "not ($gpu)"
+grep -hE ' (cuda|triton) ' kernels.log 2>/dev/null
 cat bench*/table.txt 2>/dev/null
+tar -czf results.tar.gz --exclude=source --exclude=results.tar.gz ./* 2>/dev/null
 echo "total $SECONDS s; logs, rows and tables in $out"

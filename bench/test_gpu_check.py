@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from . import gpu, harness
+from . import gpu, gpu_kernels, harness
 
 
 def test_stages_of_the_gpu_check(tmp_path):
@@ -25,6 +27,8 @@ def test_stages_of_the_gpu_check(tmp_path):
         return {line.split()[0]: int(line.split()[-1]) for line in run.stdout.splitlines()[:-1]}
 
     everything = seconds()
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as results:
+        assert {"./summary.txt", "./kernels.log"} <= set(results.getnames())
     names = list(everything)
     assert names[:4] == ["machine", "build", "tests-gpu", "tests-triton"] and "tests-autotune" in names
     assert sum(everything[n] for n in names[: names.index("memcheck-triton") + 1]) <= 520
@@ -72,3 +76,14 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
     ran.clear()
     assert call(len(titles)) == 0 and ran == [titles[1], *titles[3:]]
     assert gpu.FULL[-1].name in (tmp_path / "table.txt").read_text() and call(1) == 0 and len(ran) == len(titles) - 2
+
+
+def test_every_kernel_that_is_timed_alone_can_run():
+    """All but those of the CUDA backend alone, in small, in eager PyTorch."""
+    names = []
+    for kernel in gpu_kernels.kernels("reference", torch.device("cpu"), part=4096):
+        names.append(kernel.name)
+        kernel.make()()
+    assert len(names) == len(set(names)) and {name.split()[0] for name in names} == {"cross_entropy", "embedding_dot"}
+    copy = gpu_kernels.copy_of(1 << 20, torch.device("cpu"))
+    assert len(gpu_kernels.inputs(copy)) == 16 and copy.make()().nbytes == 1 << 19

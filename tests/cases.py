@@ -348,6 +348,7 @@ CROSS_ENTROPY: list[Case] = [
     ),
     cross_entropy_case("image_many_classes_soft", "and soft targets", (2, 100, 3, 3), probabilities=True, weight=True),
     cross_entropy_case("sequence", "(N, C, d1)", (2, 11, 9), reduction="sum"),
+    cross_entropy_case("sequence_15", "a class less than two times what a GPU's thread loads at once", (2, 15, 9)),
     cross_entropy_case("volume", "(N, C, d1, d2, d3)", (2, 3, 2, 3, 4), ignored=-100),
     cross_entropy_case("channels_last", "classes innermost, few", (2, 21, 4, 5), "channels_last"),
     cross_entropy_case("channels_last_many", "classes innermost, many", (2, 70, 4, 5), "channels_last"),

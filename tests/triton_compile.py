@@ -183,6 +183,8 @@ def main() -> None:
     now = {}  # what runs: op, setting, and which of the tiles that PYFUSED_AUTOTUNE=1 would try (0: the rule of thumb)
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        in_tuples = [x for a in args if isinstance(a, tuple) for x in a]
+        assert not any(x is None for x in in_tuples), f"{self.__name__}: Triton 3.6 compiles no None in a tuple"
         for gpu.target in options.targets:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
             if kernel.hash not in compiled:

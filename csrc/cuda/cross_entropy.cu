@@ -9,9 +9,9 @@
 //         16-byte loads, what lies outside 16-byte boundaries one by one (at most 2 x 15 bytes of a row). Other layouts,
 //         (N, C, P) above all: 32 adjacent positions to a warp, coalesced; from 64 classes on 8 warps share the classes.
 // Traffic R C sizeof(T) bytes read, plus 8 R of labels and 12 R of statistics; 8192 x 128256 bf16: 2.1 GB, 0.49 ms at
-//         the 4.3 TB/s that an H200 copies. Arithmetic: one exp and about 11 instructions per 16-bit element (read off
-//         the disassembly), three quarters of what the multiprocessors issue in that time: bound by memory, not by
-//         much. Small problems are bound by the launch (2-3 us). None of these times has been measured.
+//         the 4.3 TB/s that an H200 copies. Arithmetic: one exp and about 10 instructions per 16-bit element (read off
+//         the disassembly; float32: 18), two thirds of what the multiprocessors issue in that time: bound by memory,
+//         not by much. Small problems are bound by the launch (2-3 us). None of these times has been measured.
 //         Few rows of many classes use one multiprocessor a row: 256 KB in about 4 us.
 // Online  Each thread keeps the maximum so far and ∑ exp(z - maximum), rescaled when the maximum grows; one comparison
 //         per 16 bytes. Labels: ∑ leaves the label out, see pyfused/ops/cross_entropy.py for what is saved and why.
@@ -151,9 +151,10 @@ __device__ void finish(const Problem<C>& p, const Outputs<C>& out, const double 
 }
 
 // Classes adjacent: p.lanes threads to a row.
-template <bool SOFT, class T, class U, class C = compute_t<T>>
-__global__ void __launch_bounds__(512, kBlocksAtOnce<C, SOFT>)
+template <bool SOFT, bool PLAIN, class T, class U, class C = compute_t<T>>
+__global__ void __launch_bounds__(512, kBlocksAtOnce<C, !PLAIN>)
     forward_rows(Problem<C> p, Outputs<C> out, Matrix<const T> logits, Matrix<const U> probabilities) {
+  if (PLAIN) p.spread = p.softcap = 0;  // as they are: now the compiler knows
   __shared__ RowSums<C> of_warp[16];
   const int lane = threadIdx.x % p.lanes, group = threadIdx.x / p.lanes, groups = blockDim.x / p.lanes;
   const bool with_spread = SOFT || p.spread > 0;
@@ -198,10 +199,10 @@ __global__ void __launch_bounds__(kBlock, 2 * kBlocksAtOnce<C, SOFT>)
       const U* y = SOFT ? probabilities.row(r) : nullptr;
       const int64_t stride = logits.class_stride, y_stride = SOFT ? probabilities.class_stride : 0;
       int c = slice;
-      for (; c < p.classes - 3 * p.slices; c += 4 * p.slices) {  // four loads under way at a time
-        C x[4];
+      for (; c < p.classes - (kAtOnce - 1) * p.slices; c += kAtOnce * p.slices) {
+        C x[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = to_compute(z[(c + i * p.slices) * stride]);
+        for (int i = 0; i < kAtOnce; ++i) x[i] = to_compute(z[(c + i * p.slices) * stride]);
         s.template add<SOFT, T>(p, x, y, y_stride, label, c, p.slices);
       }
       for (; c < p.classes; c += p.slices) {
@@ -239,12 +240,12 @@ Status cross_entropy(View loss, View lse, View stats, View total, View workspace
     const Outputs<C> out = {loss.as<C>(), lse ? lse.as<C>() : nullptr, total.as<C>(),
                             reinterpret_cast<unsigned*>(memory), memory + 1};
     if (grid.blocks > 1) PYFUSED_TRY(status_of(cudaMemsetAsync(memory, 0, sizeof(unsigned), stream)));
-    return specialize<decltype(type)>(target, [&](auto soft, auto t, auto u) {
+    return specialize<decltype(type)>(p, target, [&](auto soft, auto plain, auto t, auto u) {
       using T = decltype(t);
       using U = decltype(u);
       const Matrix<const T> z(input);
       const Matrix<const U> y(soft ? target : input);
-      const auto kernel = adjacent ? forward_rows<soft(), T, U> : forward_columns<soft(), T, U>;
+      const auto kernel = adjacent ? forward_rows<soft(), plain(), T, U> : forward_columns<soft(), T, U>;
       return launch(kernel, grid.blocks, grid.threads, 0, stream, p, out, z, y);
     });
   });

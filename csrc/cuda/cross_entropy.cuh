@@ -16,8 +16,9 @@ constexpr int kMaxBlocks = 3;
 constexpr int kMaxBlocks = 4096;
 #endif
 // Blocks of 512 threads that a multiprocessor must hold at once: bounds the registers, to 64 or 128 a thread.
-template <class C, bool SOFT>
-constexpr int kBlocksAtOnce = SOFT || sizeof(C) == 8 ? 1 : 2;
+template <class C, bool INVOLVED>
+constexpr int kBlocksAtOnce = INVOLVED || sizeof(C) == 8 ? 1 : 2;
+constexpr int kAtOnce = 8;  // loads that a thread has under way where classes are not adjacent
 enum : int { kIgnored = -1, kBadLabel = -2 };
 
 template <class T>
@@ -113,9 +114,9 @@ Problem<C> problem_of(const View& input, const View& target, const View& weight,
   p.inverse_softcap = static_cast<C>(softcap > 0 ? 1 / softcap : 0);
   p.reduction = reduction;
   // About four 16-byte loads a thread: several rows to a warp up to 512 classes of 16 bits, 256 of 32. At 1000, two rows
-  // to a warp would share the some 45 instructions that reduce a row, besides 375 (12 a class, 31 classes a lane) that
-  // add up its classes: 5% fewer; but 8192 rows, which now are one wave of warps on an H200 (132 x 64), would be half of
-  // one, and each lane's chain of dependent steps twice as long. Beyond 4096 a block of 256 or 512 threads for every row.
+  // to a warp would share the some 45 instructions that reduce a row, besides 310 (10 a class, 31 classes a lane) that add
+  // up its classes, and 8192 rows would be one wave of warps on an H200 (132 x 32, by their registers), not two; but each
+  // lane's chain of dependent steps would be twice as long. Beyond 4096 a block of 256 or 512 threads for every row.
   const int64_t loads = ceil_div(p.classes, 4 * kWidth<T>);
   p.lanes = 4;
   while (p.lanes < 32 && p.lanes < loads) p.lanes *= 2;
@@ -136,14 +137,16 @@ Grid grid_of(const Problem<C>& p, bool adjacent) {
   return {static_cast<int>(blocks < 1 ? 1 : blocks < kMaxBlocks ? blocks : kMaxBlocks), threads};
 }
 
-// Calls run(soft, T{}, U{}) for this problem's types: U holds probabilities, in the logits' type or in the type of the
-// arithmetic.
-template <class T, class Run>
-Status specialize(const View& target, const Run& run) {
-  using C = compute_t<T>;
-  if (target.dtype == DType::i64) return run(std::false_type(), T(), T());
-  if (target.dtype == DType::f32 && !std::is_same_v<T, C>) return run(std::true_type(), T(), C());
-  return run(std::true_type(), T(), T());
+// Calls run(soft, plain, T{}, U{}) for this problem's types: U holds probabilities, in the logits' type or in the type of
+// the arithmetic. plain: labels without smoothing and softcap, the most frequent problem, whose loop then has no branches
+// for them.
+template <class T, class Run, class C = compute_t<T>>
+Status specialize(const Problem<C>& p, const View& target, const Run& run) {
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (p.labels) return p.spread > 0 || p.softcap > 0 ? run(No(), No(), T(), T()) : run(No(), Yes(), T(), T());
+  if (target.dtype == DType::f32 && !std::is_same_v<T, C>) return run(Yes(), No(), T(), C());
+  return run(Yes(), No(), T(), T());
 }
 
 }  // namespace cuda

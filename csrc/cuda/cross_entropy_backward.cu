@@ -70,9 +70,10 @@ __device__ __forceinline__ void slope(const Problem<C>& p, const Slopes<C>& s, C
 }
 
 // Classes adjacent: p.lanes threads to a row.
-template <bool SOFT, class T, class U, class C = compute_t<T>>
-__global__ void __launch_bounds__(512, kBlocksAtOnce<C, SOFT>)
+template <bool SOFT, bool PLAIN, class T, class U, class C = compute_t<T>>
+__global__ void __launch_bounds__(512, kBlocksAtOnce<C, !PLAIN>)
     backward_rows(Problem<C> p, Upstream<C> up, Matrix<T> grad, Matrix<const T> logits, Matrix<const U> probabilities) {
+  if (PLAIN) p.spread = p.softcap = 0;  // as they are: now the compiler knows
   const int lane = threadIdx.x % p.lanes, group = threadIdx.x / p.lanes, groups = blockDim.x / p.lanes;
   for (int64_t r = int64_t(blockIdx.x) * groups + group; r < p.rows; r += int64_t(gridDim.x) * groups) {
     const int label = p.label(r);
@@ -105,15 +106,18 @@ __global__ void __launch_bounds__(kBlock, 2 * kBlocksAtOnce<C, SOFT>)
     const U* y = SOFT ? probabilities.row(r) : nullptr;
     const int64_t y_stride = SOFT ? probabilities.class_stride : 0;
     T* out = grad.row(r);
-#pragma unroll 4
-    for (int c = slice; c < p.classes; c += p.slices) {
-      C x[1] = {};
-      if (s.live) {
-        x[0] = to_compute(z[c * logits.class_stride]);
-        slope<SOFT, T>(p, s, x, y, y_stride, label, c, p.slices);
-      }
-      out[c * grad.class_stride] = from_compute<T>(x[0]);
-    }
+    auto several = [&](auto& x, int c) {  // loads under way at a time
+      constexpr int n = sizeof x / sizeof x[0];
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] = s.live ? to_compute(z[(c + i * p.slices) * logits.class_stride]) : C(0);
+      if (s.live) slope<SOFT, T>(p, s, x, y, y_stride, label, c, p.slices);
+#pragma unroll
+      for (int i = 0; i < n; ++i) out[(c + i * p.slices) * grad.class_stride] = from_compute<T>(x[i]);
+    };
+    C x[kAtOnce], one[1];
+    int c = slice;
+    for (; c < p.classes - (kAtOnce - 1) * p.slices; c += kAtOnce * p.slices) several(x, c);
+    for (; c < p.classes; c += p.slices) several(one, c);
   }
 }
 
@@ -135,13 +139,13 @@ Status cross_entropy_backward(View grad_input, View grad_loss, View grad_lse, Vi
     const Grid grid = grid_of(p, adjacent);
     const Upstream<C> up = {grad_loss.as<C>(), grad_lse ? grad_lse.as<C>() : nullptr, total.as<C>(),
                             weight_sum ? weight_sum.as<C>() : nullptr};
-    return specialize<decltype(type)>(target, [&](auto soft, auto t, auto u) {
+    return specialize<decltype(type)>(p, target, [&](auto soft, auto plain, auto t, auto u) {
       using T = decltype(t);
       using U = decltype(u);
       const Matrix<T> out(grad_input);
       const Matrix<const T> z(input);
       const Matrix<const U> y(soft ? target : input);
-      const auto kernel = adjacent ? backward_rows<soft(), T, U> : backward_columns<soft(), T, U>;
+      const auto kernel = adjacent ? backward_rows<soft(), plain(), T, U> : backward_columns<soft(), T, U>;
       return launch(kernel, grid.blocks, grid.threads, 0, stream, p, up, out, z, y);
     });
   });

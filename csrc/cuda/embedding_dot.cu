@@ -92,9 +92,20 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t id = ids[i];
   const bool ok = table.has(id);
   const T* const row = table.row(ok ? id : 0);
-#pragma unroll 4
-  for (int d = lane; d < width; d += lanes)
-    out[i * width + d] = from_compute<O>(ok && d < table.dim ? to_compute(row[d]) * factor : C(0));
+  constexpr int several = 4;  // loads under way at a time
+  for (int first = lane; first < width; first += several * lanes) {
+    T x[several];
+#pragma unroll
+    for (int k = 0; k < several; ++k) {
+      x[k] = from_compute<T>(0);
+      if (ok && first + k * lanes < table.dim) x[k] = row[first + k * lanes];
+    }
+#pragma unroll
+    for (int k = 0; k < several; ++k) {
+      const int d = first + k * lanes;
+      if (d < width) out[i * width + d] = from_compute<O>(to_compute(x[k]) * factor);
+    }
+  }
 }
 
 }  // namespace

@@ -61,15 +61,16 @@ struct Slice {
         dim(p.dim),
         lanes(p.lanes),
         leads(blockIdx.y == 0 && threadIdx.x % p.lanes == 0) {}
-  __device__ __forceinline__ void load(T (&x)[N], const T* row) const {
+  // Begins to copy the numbers to shared memory, side by side; zeros past the row.
+  __device__ __forceinline__ void fetch(uint4* to, const T* row) const {
     if (VECTORS) {
-      if (first >= dim) return;
-      const uint4 word = *reinterpret_cast<const uint4*>(row + first);
-      memcpy(x, &word, sizeof word);
+      copy_async<16>(to, first < dim ? row + first : row, first < dim);
     } else {
+      T x[N] = {};
 #pragma unroll
       for (int i = 0; i < N; ++i)
         if (first + i * step < dim) x[i] = row[first + i * step];
+      memcpy(to, x, sizeof x);
     }
   }
   template <class Visit>
@@ -106,9 +107,12 @@ __device__ __forceinline__ void leave(const Runs<T>& p, const Slice<T, VECTORS>&
 
 template <class T, bool VECTORS, class Sink, class C = compute_t<T>>
 __global__ void __launch_bounds__(kBlock, Sink::kBlocks) sum_tiles(Runs<T> p, Sink sink) {
-  constexpr int N = kWidth<T>, depth = 3;
+  constexpr int N = kWidth<T>, depth = 4;
   __shared__ int64_t key_of[kMostTerms], other_of[kMostTerms];  // other_of: -1 for a term that gives nothing
   __shared__ C grad_of[kMostTerms], heads[N][kBlock], head_bias[kBlock];
+  // What the next terms add, each thread's own numbers. (In registers, which would move on from turn to turn, each move
+  // would wait for its load.)
+  __shared__ uint4 ahead[depth][kBlock];
   const int64_t begin = blockIdx.x * p.tile();
   const int tile = static_cast<int>(p.tile()), group = threadIdx.x / p.lanes, groups = kBlock / p.lanes;
   for (int i = threadIdx.x; i < tile; i += kBlock) {
@@ -129,24 +133,25 @@ __global__ void __launch_bounds__(kBlock, Sink::kBlocks) sum_tiles(Runs<T> p, Si
 
   const Slice<T, VECTORS> slice(p);
   const int first = group * kTerms;
-  T ahead[depth][N];
-  auto fetch = [&](T(&x)[N], int i) {
-    if (i < first + kTerms && other_of[i] >= 0) slice.load(x, p.other.row(other_of[i]));
+  auto fetch = [&](int i) {
+    if (i < first + kTerms && other_of[i] >= 0) slice.fetch(&ahead[i % depth][threadIdx.x], p.other.row(other_of[i]));
+    copy_async_commit();
   };
 #pragma unroll
-  for (int k = 0; k < depth; ++k) fetch(ahead[k], first + k);
+  for (int k = 0; k < depth; ++k) fetch(first + k);
   bool came_in = (group ? key_of[first - 1] : before_block) == key_of[first], open = false;
   C sum[N] = {}, bias = 0;
 #pragma unroll 1
   for (int i = first; i < first + kTerms; ++i) {
     const int64_t key = key_of[i];
+    copy_async_wait<depth - 1>();
     if (other_of[i] >= 0) {
-      slice.each([&](int j, int) { sum[j] += grad_of[i] * to_compute(ahead[0][j]); });
+      C x[N];
+      unpack<T>(x, ahead[i % depth][threadIdx.x]);
+      slice.each([&](int j, int) { sum[j] += grad_of[i] * x[j]; });
       bias += grad_of[i];
     }
-#pragma unroll
-    for (int k = 1; k < depth; ++k) memcpy(ahead[k - 1], ahead[k], sizeof ahead[k]);
-    fetch(ahead[depth - 1], i + depth);
+    fetch(i + depth);
     const bool goes_on = (i + 1 < tile ? key_of[i + 1] : after_block) == key, last = i + 1 == first + kTerms;
     if (goes_on && !last) continue;
     if (came_in) {

@@ -4,8 +4,8 @@ Tiles   logits are read as z[n, c, p] with any strides (2-d: one n, p the rows).
         forward goes through the classes in blocks of BLOCK with a running maximum; backward has a program per block.
         Few classes: many rows to a program; positions innermost: a tile as wide as memory lies.
 Bytes   of the logits: forward reads them once, backward reads and writes once: 3 R C elements, the floor while backward
-        is a pass of its own. H100 (3.35 TB/s), 8192 x 128256 bfloat16: 0.63 + 1.25 ms. Per element some 12 instructions
-        (float32: 16) where the memory leaves time for 17 (34).
+        is a pass of its own. H200 (4.3 TB/s), 8192 x 128256 bfloat16: 0.49 + 0.98 ms. Per element 9 and 13 instructions
+        (float32: 17 and 23) where the memory leaves time for 14 and 28 (28 and 55).
 Saves   per row [maximum m, S = ∑ exp(z - m), x]. The sums leave the label out, so a confident row keeps its digits.
 Sums    a row's in the order of its blocks, the rows' by program in float64: the same bits for the same shape.
 Edges   A block of -inf: the running maximum stands in as 0, so no -inf - -inf. Lanes past the last class are -inf after
@@ -122,7 +122,7 @@ def _forward_kernel(
     loss, lse, stats, partial, input, target, weight, errors, rows, classes, positions, s_n, s_c, s_p, t_n, t_c, t_p,
     ignore_index, smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64, SMOOTH: tl.constexpr,
     PENALTY: tl.constexpr, CAP: tl.constexpr, SOFT: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats.dtype.element_ty
     classes *= ALIGN
@@ -138,25 +138,35 @@ def _forward_kernel(
     y_at, _ = _begin(target, n, p, t_n, t_p, ALIGN, UNIT)
     label, kept, bad = _label(target, r, ok, classes, ignore_index, SOFT)
 
-    top = tl.full((ROWS,), -float("inf"), DTYPE)
-    others = tl.zeros((ROWS,), DTYPE)  # ∑ exp(z - top) without the label
-    spread, mass = tl.zeros((ROWS,), DTYPE), tl.zeros((ROWS,), DTYPE)  # ∑ u (top - z), ∑ u
+    # Of each VECTOR of a row's blocks by itself until the row ends: a thread has its own, and waits for no other.
+    PARTS: tl.constexpr = BLOCK // VECTOR
+    top = tl.full((ROWS, PARTS), -float("inf"), DTYPE)
+    others = tl.zeros((ROWS, PARTS), DTYPE)  # ∑ exp(z - top) without the label
+    spread, mass = tl.zeros((ROWS, PARTS), DTYPE), tl.zeros((ROWS, PARTS), DTYPE)  # ∑ u (top - z), ∑ u
     for start in range(0, classes + head, BLOCK):
         c, columns, inside, whole = _columns(start, head, ok, classes, UNIT, BLOCK)
         z = _load(z_at[:, None] + columns * s_c, inside, whole, -float("inf"), UNIT)
-        z = _capped(z, inside, softcap, CAP, DTYPE)
-        new_top = tl.maximum(top, tl.max(z, 1))
+        z = tl.reshape(_capped(z, inside, softcap, CAP, DTYPE), (ROWS, PARTS, VECTOR))
+        new_top = tl.maximum(top, tl.max(z, 2))
         ref = tl.where(new_top == -float("inf"), 0.0, new_top)
-        e = tl.where(c[None, :] == label[:, None], 0.0, exp(z - ref[:, None], PRECISE))
-        others = others * exp(top - ref, PRECISE) + tl.sum(e, 1)
+        e = exp(z - ref[:, :, None], PRECISE)
+        if ROWS > 1 or (tl.sum(label, 0) >= start - head) & (tl.sum(label, 0) < start - head + BLOCK):
+            e = tl.where(tl.reshape(c[None, :] == label[:, None], (ROWS, PARTS, VECTOR)), 0.0, e)
+        others = others * exp(top - ref, PRECISE) + tl.sum(e, 2)
         if SOFT or SMOOTH:
             y = y_at[:, None] + columns * t_c
             u = _spread(weight, c, y, inside, whole, classes, label_part, each, SMOOTH, SOFT, UNIT, DTYPE)
+            inside, u = tl.reshape(inside, (ROWS, PARTS, VECTOR)), tl.reshape(u, (ROWS, PARTS, VECTOR))
             # Where all before was -inf, `spread` holds what it has to already: infinities, or the 0 of the start.
             spread += mass * tl.where(top == -float("inf"), 0.0, ref - top)
-            spread += tl.sum(tl.where(inside, u * (ref[:, None] - z), 0.0), 1)
-            mass += tl.sum(u, 1)
+            spread += tl.sum(tl.where(inside, u * (ref[:, :, None] - z), 0.0), 2)
+            mass += tl.sum(u, 2)
         top = new_top
+    parts, top = top, tl.max(top, 1)
+    ref = tl.where(top == -float("inf"), 0.0, top)[:, None]
+    others = tl.sum(others * exp(parts - ref, PRECISE), 1)
+    spread = tl.sum(spread + mass * tl.where(parts == -float("inf"), 0.0, ref - parts), 1)
+    mass = tl.sum(mass, 1)
 
     w = _row_weight(weight, label, kept, SOFT, DTYPE)
     found = label >= 0
@@ -211,38 +221,57 @@ def _backward_kernel(
     z_at, head = _begin(input, n, p, s_n, s_p, ALIGN, UNIT)
     y_at, _ = _begin(target, n, p, t_n, t_p, ALIGN, UNIT)
     g_at, _ = _begin(grad_input, n, p, g_n, g_p, ALIGN, UNIT)
-    c, columns, inside, whole = _columns(pid % blocks * BLOCK, head, ok, classes, UNIT, BLOCK)
+    start = pid % blocks * BLOCK
+    c, columns, inside, whole = _columns(start, head, ok, classes, UNIT, BLOCK)
     label_part, each, z_loss, softcap = _numbers(smoothing, z_loss, softcap, classes, DTYPE)
     label, kept, bad = _label(target, r, ok, classes, ignore_index, SOFT)
     w = _row_weight(weight, label, kept, SOFT, DTYPE)
-    top = tl.load(stats + r, mask=ok, other=1.0)
-    all_ = tl.load(stats + rows + r, mask=ok, other=1.0)
-    x = tl.load(stats + rows + rows + r, mask=ok, other=1.0)
-    g = tl.load(grad_loss + r, mask=ok, other=0.0) if REDUCTION == NONE else tl.load(grad_loss)
+    # Of each row: gradient = exp(z - top) factor - scale u, at the label at_label; 0 if not live.
+    live = kept if grad_lse is None else ok & (bad == 0)
+    top = tl.where(live, tl.load(stats + r, mask=ok, other=0.0), 0.0)
+    all_ = tl.where(live, tl.load(stats + rows + r, mask=ok, other=1.0), 1.0)
+    x = tl.where(live, tl.load(stats + rows + rows + r, mask=ok, other=0.0), 0.0)
+    scale = tl.load(grad_loss + r, mask=kept, other=0.0) if REDUCTION == NONE else tl.load(grad_loss)
     if REDUCTION == MEAN:
-        g = g / tl.load(total)
+        scale = scale / tl.load(total)
+    scale = tl.where(kept, scale, 0.0)
+    lse_slope = tl.zeros((ROWS,), DTYPE)
+    if PENALTY:
+        lse_slope += 2 * z_loss * w * (top + tl.log(all_)) * scale
+    if grad_lse is not None:
+        lse_slope += tl.load(grad_lse + r, mask=live, other=0.0)
+    if SOFT:
+        factor = scale * x
+    else:
+        factor = scale * w
+        if SMOOTH:
+            factor *= label_part
+        at_label = factor * x + lse_slope * (x + 1.0)
+        if SMOOTH:
+            sum_w = tl.load(weight_sum) if weight is not None else tl.zeros((), DTYPE) + classes
+            scale *= each
+            factor += scale * sum_w
+            at_label += scale * (sum_w * (x + 1.0) - w)
+    factor = (factor + lse_slope) / all_
 
-    z = _load(z_at[:, None] + columns * s_c, inside, whole, -float("inf"), UNIT)
+    at = z_at[:, None] + columns * s_c
+    if ROWS == 1:  # nothing is read of a row that is not live
+        z = _load(at, inside & live[:, None], whole & (tl.max(live.to(tl.int32), 0) > 0), -float("inf"), UNIT)
+    else:
+        z = tl.load(at, mask=inside, other=-float("inf"))
     z = _capped(z, inside, softcap, CAP, DTYPE)
-    softmax = exp(z - top[:, None], PRECISE) / all_[:, None]
+    d = exp(z - top[:, None], PRECISE) * factor[:, None]
     if SOFT or SMOOTH:
         y = y_at[:, None] + columns * t_c
         u = _spread(weight, c, y, inside, whole, classes, label_part, each, SMOOTH, SOFT, UNIT, DTYPE)
-    if SOFT:
-        d = softmax * x[:, None] - u
-    else:
-        error = tl.where(c[None, :] == label[:, None], x[:, None], softmax)  # softmax - one-hot
-        d = w[:, None] * error
-        if SMOOTH:
-            sum_w = tl.load(weight_sum) if weight is not None else tl.zeros((), DTYPE) + classes
-            d = d * label_part + (softmax * sum_w - u) * each
-    if PENALTY:
-        d += (2 * z_loss * w * (top + tl.log(all_)))[:, None] * softmax
-    d = tl.where(kept[:, None], d * (g if REDUCTION != NONE else g[:, None]), 0.0)
-    if grad_lse is not None:
-        d += tl.load(grad_lse + r, mask=ok & ~bad, other=0.0)[:, None] * softmax
+        d -= scale[:, None] * u
+    if not SOFT:  # noqa: SIM102  (decided when the kernel is compiled)
+        if ROWS > 1 or (tl.sum(label, 0) >= start - head) & (tl.sum(label, 0) < start - head + BLOCK):
+            d = tl.where(c[None, :] == label[:, None], at_label[:, None], d)
     if CAP:
         d *= 1.0 - (z / softcap) * (z / softcap)
+    if ROWS > 1 or CAP:  # what was read may be NaN; at -inf, the capped derivative is one of infinity by 0
+        d = tl.where(live[:, None], d, 0.0)
     at, d = g_at[:, None] + columns * g_c, d.to(grad_input.dtype.element_ty)
     if UNIT > 1:
         if whole:
@@ -277,7 +306,7 @@ def tiles(shape, strides, itemsize: int, forward: bool) -> list[tuple[int, int, 
     if strides[2] == 1 and strides[1] != 1:  # positions innermost
         rows, block = min(bucket(positions), 128), min(bucket(classes), 16)
         return [(rows, block, 4), (max(rows // 4, 1), 2 * block, 4), (rows, 2 * block, 16)]
-    widest = 4096 if forward else 8192 // itemsize  # 16 elements to a thread: with 32, sm_80 spills
+    widest = 4096 if forward else 16384 // itemsize
     block = min(bucket(classes), widest)
     enough = bucket(n * positions // 512)  # rows a program may have while every processor has some programs
     rows = max(1, min(2048 // block, 128, enough, bucket(positions)))
@@ -312,6 +341,7 @@ def _tile(tile, unit):
     if rows > 1 or unit == 1:
         return {"UNIT": 1, "ROWS": rows, "BLOCK": block, "num_warps": warps}
     # 8 elements to a thread: the masked read takes an address for each.
+    block = min(block, 4096)
     warps = max(warps, block // (512 if torch.version.hip else 256))
     return {"UNIT": unit, "ROWS": 1, "BLOCK": block, "num_warps": warps}
 
@@ -350,7 +380,9 @@ def forward(input, target, weight, return_lse, reduction, ignore_index, label_sm
         partial = stats.new_empty(programs, 2, dtype=torch.float64)
         outputs = (loss if reduction == NONE.value else None, lse if return_lse else None, stats, partial)
         given = (input, target, weight, index_errors(input.device))
-        _forward_kernel[(programs,)](*outputs, *given, *sizes, **constants, **_tile(tile, unit))
+        tile = _tile(tile, unit)
+        vector = min(tile["BLOCK"], 16 // input.element_size()) if strides[1] == 1 else tile["BLOCK"]
+        _forward_kernel[(programs,)](*outputs, *given, *sizes, VECTOR=vector, **constants, **tile)
         return partial
 
     key = ("cross_entropy", input.device, input.dtype, bucket(n * positions), classes, soft, strides[1] == 1)

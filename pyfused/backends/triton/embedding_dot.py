@@ -221,8 +221,7 @@ def backward(grad, ids, other_ids, other_weight, rows, padding, weight, bias, sp
     if sparse:
         rank = torch.zeros(n, dtype=torch.int64, device=ids.device)
         torch.cumsum(key[1:] != key[:-1], 0, out=rank[1:])
-    outputs = tuple((x, x.stride(0), None, None) if wanted else None
-                    for x, wanted in ((weight_grad, weight), (bias_grad, bias)))  # fmt: skip
+    outputs = tuple((x, x.stride(0)) if wanted else None for x, wanted in ((weight_grad, weight), (bias_grad, bias)))
     terms = (grad, other_ids, other_weight, len(other_weight))
     sum_runs(outputs, occurring if sparse else None, key, order, rank, terms, rows)
     if not sparse:

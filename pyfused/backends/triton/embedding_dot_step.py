@@ -8,7 +8,7 @@ import triton.language as tl
 def write(table, at, d, inside, g, columns, lr, alpha, beta, eps, RULE: tl.constexpr):
     """The gradient g of the elements d of row `at`, or, with a RULE, the step that it makes.
 
-    table: (first element, distance of rows, and the rule's state or None, twice).
+    table: (first element, distance of rows, and the tensors of the rule's state). None within: Triton 3.6 cannot.
     """
     w_at = table[0] + at * table[1] + d
     if RULE == "":

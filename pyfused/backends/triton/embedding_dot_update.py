@@ -38,8 +38,9 @@ def update(grad, user, item, user_weight, item_weight, user_bias, item_bias, sta
     options = op.per_table(rule, state, settings, needed)
     for side, (ids, *tables) in enumerate(sides):
         pair = (options[side], options[side + 2])
-        outputs = [(table, table.stride(0), *(*states, None, None)[:2]) if numbers else None
-                   for table, (states, numbers) in zip(tables, pair)]  # fmt: skip
+        outputs = [
+            (table, table.stride(0), *states) if numbers else None for table, (states, numbers) in zip(tables, pair)
+        ]
         if any(outputs):
             numbers = [x for _, given in pair for x in _numbers(given)]
             keys = sorted_ids(ids, len(tables[0]), padding[side])
