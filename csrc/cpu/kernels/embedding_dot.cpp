@@ -71,6 +71,7 @@ bool score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
     if (!users.have(user_ids, count) || !items.have(item_ids, count)) return false;
     // Inlined, or GCC would drop the calls: to it a prefetch is no effect.
     auto prefetch = [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+      if (!users.far && !items.far) return;
       for (int64_t t = first; t < min(last, count); ++t) {
         if (t == 0 || user_ids[t] != user_ids[t - 1]) users.prefetch(users.row(user_ids[t]));
         items.prefetch(items.row(item_ids[t]));
@@ -78,7 +79,7 @@ bool score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
     };
     prefetch(0, kAhead);
     for (int64_t t = 0; t < count; t += 4) {
-      if (users.far || items.far) prefetch(t + kAhead, t + kAhead + 4);
+      prefetch(t + kAhead, t + kAhead + 4);
       const T *u[4], *v[4];
       for (int64_t i = 0; i < 4; ++i) u[i] = users.row(user_ids[t + i]), v[i] = items.row(item_ids[t + i]);
       if (per_user >= 4 && u[0] == u[3])  // four scores in a row are of one user, or of two: then these are equal
