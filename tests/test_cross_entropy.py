@@ -71,6 +71,20 @@ def test_gradient_of_a_confident_row_is_kept(variant, kind, classes, margin):
     torch.testing.assert_close(got[:, 1].double(), (-others / (1 + others)).expand(2), rtol=rtol, atol=0)
 
 
+@pytest.mark.op("cross_entropy")
+@pytest.mark.parametrize("classes", [3, 64, 3000])
+@pytest.mark.parametrize("margin", [5.0, 17.0, 40.0])
+def test_gradient_of_lse_at_an_improbable_label_is_kept(variant, classes, margin):
+    """It is p_t, which 1 + (p_t - 1) would round to a multiple of 6e-8."""
+    x = torch.zeros(2, classes)
+    x[:, 1] = -margin
+    x.requires_grad_()
+    _, lse = PF.cross_entropy(x.to(variant), torch.tensor([1, 1]).to(variant), reduction="none", return_lse=True)
+    got = gradient(lse.sum(), x)
+    truth = torch.softmax(x.detach().double(), 1)
+    torch.testing.assert_close(got[:, 1].double(), truth[:, 1], rtol=2e-6, atol=0)
+
+
 # --- Rows of several blocks (2048 classes on the CPU): each starts with the maximum of those before it
 def ascending(row, block):
     row += torch.arange(len(row)) // block * 5

@@ -118,7 +118,7 @@ __device__ __forceinline__ void finish_row(const Problem<C>& p, const Outputs<C>
   if (!SOFT && label == kBadLabel) report_out_of_range(p.index_error, Argument::target, r, p.labels[r], p.classes);
   p.stats[r] = s.top;
   p.stats[p.rows + r] = all;
-  p.stats[2 * p.rows + r] = SOFT ? s.mass : -s.others / all;
+  p.stats[2 * p.rows + r] = SOFT ? s.mass : s.others / at_label;
   if (out.lse) out.lse[r] = lse;
   if (p.reduction == none) out.loss[r] = loss;
   sums[0] += loss;

@@ -52,7 +52,8 @@ struct Slopes {
     return (user && by_item ? relative(x.grad) : 1.0f) / x.sum;
   }
   __device__ __forceinline__ float at_own(int b) const {
-    return b >= count ? 0.0f : stats[2 * int64_t(count) + b] * (by_item ? relative(upstream(b)) : 1.0f);
+    if (b >= count) return 0.0f;
+    return -(by_item ? relative(upstream(b)) : 1.0f) / (1.0f + 1.0f / stats[2 * int64_t(count) + b]);  // p - 1
   }
   __device__ __forceinline__ float last(int b) const { return by_item ? *most : upstream(b); }
   __device__ __forceinline__ float upstream(int b) const { return grad[per_row ? b : 0]; }

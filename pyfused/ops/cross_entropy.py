@@ -9,9 +9,10 @@ Label smoothing ε: Szegedy et al. 2015, arXiv:1512.00567. z-loss: Chowdhery et 
 Gemma 2, arXiv:2408.00118. Forward keeps three numbers per row and backward recomputes the softmax from the logits,
 unless the forward could guess its grad_loss and made the gradient as well (expected_grad.py):
 
-    stats = [m = max z,  S = ∑_c exp(z_c - m),  x],   x = p_t - 1 for labels, ∑ of the target for probabilities
+    stats = [m = max z,  S = ∑_c exp(z_c - m),  o],   o = ∑_{c≠t} exp(z_c - z_t) for labels, ∑ of the target otherwise
 
-x is computed without the cancellation of p_t - 1, so that rows already classified with certainty keep their gradient.
+The odds o against the label give p_t = 1 / (1 + o) and p_t - 1 = -1 / (1 + 1/o), neither with cancellation: rows
+already classified with certainty keep their gradient, and improbable labels that of lse.
 """
 
 from __future__ import annotations
@@ -105,9 +106,13 @@ def _reference_forward(input, target, weight, return_lse, reduction, ignore_inde
     top = z.amax(1) if z.shape[1] else z.new_zeros(lse.shape)
     e = torch.exp(z - top.unsqueeze(1))
     spread, _, label = _target_matrix(z, target, weight, label_smoothing, ignore_index)
-    x = spread.sum(1) if label is None else -e.scatter(1, label.unsqueeze(1), 0).sum(1) / e.sum(1)
+    if label is None:
+        odds = spread.sum(1)
+    else:
+        at = label.unsqueeze(1)
+        odds = e.scatter(1, at, 0).sum(1) / e.gather(1, at).squeeze(1)
     total = _row_weight(z, target, weight, ignore_index).sum().to(z.dtype)
-    stats = torch.stack([top.flatten(), e.sum(1).flatten(), x.flatten()])
+    stats = torch.stack([top.flatten(), e.sum(1).flatten(), odds.flatten()])
     return loss.to(z.dtype).clone(), lse if return_lse else lse.new_empty(0), stats, total
 
 
@@ -130,12 +135,12 @@ def _reference_backward(
     z = input.to(arithmetic_dtype(input))
     z = softcap * torch.tanh(z / softcap) if softcap else z
     rows = (*z.shape[:1], *z.shape[2:])
-    top, all_, x = (s.view(rows).unsqueeze(1) for s in stats)
+    top, all_, odds = (s.view(rows).unsqueeze(1) for s in stats)
     p = torch.exp(z - top) / all_
     spread, on_label, label = _target_matrix(z, target, weight, label_smoothing, ignore_index)
     d = p * spread.sum(1, keepdim=True) - spread
     if label is not None:
-        d += on_label.unsqueeze(1) * p.scatter(1, label.unsqueeze(1), x)
+        d += on_label.unsqueeze(1) * p.scatter(1, label.unsqueeze(1), -1 / (1 + 1 / odds))
     if z_loss:
         row_weight = _row_weight(z, target, weight, ignore_index).to(z.dtype).unsqueeze(1)
         d += 2 * z_loss * row_weight * (top + torch.log(all_)) * p

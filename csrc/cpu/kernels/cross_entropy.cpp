@@ -16,8 +16,8 @@
 //         a known grad_loss is written right here (grad_input), row by row, while the logits are in the L2 cache.
 //         Arithmetic: one exp per element each way, about 15 vector instructions. For float32 with 16 lanes that is a
 //         cycle for two elements, less than the 8 bytes of the gradient take from memory on one core.
-// Saves   per row [maximum m, S = ∑ exp(z - m), x], x = p_t - 1 = -∑_{c≠t} exp(z_c - m) / S (soft: ∑ of the target). The
-//         sums leave the label out: the loss log1p(∑_{c≠t} exp(z_c - z_t)) and the gradient x keep every digit of a
+// Saves   per row [maximum m, S = ∑ exp(z - m), odds o], o = ∑_{c≠t} exp(z_c - z_t) = 1 / p_t - 1 (soft: ∑ of the target).
+//         The sums leave the label out: the loss log1p(o) and the gradient -1 / (1 + 1 / o) keep every digit of a
 //         confident row, where 1 - p_t rounds to 0. m and S instead of lse: so does a row with a large common offset.
 // Sums    rows to lanes, lanes to chunks in double, in an order that depends on the shape only, not on the threads.
 // Edges   Ignored rows: loss 0, gradient 0 even where the logits are NaN. A row with +inf, NaN or nothing but -inf: NaN.
@@ -170,7 +170,7 @@ PYFUSED_INLINE void finish_group(const Options<C>& o, const Sums<C>& s, int64_t 
     loss = lane_numbers<C>() < static_cast<int>(n) ? loss : Vec<C>{};
   store_first(o.stats + r, s.top, n);
   store_first(o.stats + o.rows + r, all, n);
-  store_first(o.stats + 2 * o.rows + r, K == soft ? s.mass : -s.others / all, n);
+  store_first(o.stats + 2 * o.rows + r, K == soft ? s.mass : s.others / at_label, n);
   if (lses) store_first(lses + r, lse, n);
   if (o.reduction == none) store_first(losses + r, loss, n);
   total.loss += __builtin_convertvector(loss, typename WideOf<C>::type);

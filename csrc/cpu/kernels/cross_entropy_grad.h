@@ -18,7 +18,7 @@ PYFUSED_INLINE Slopes<C> slopes_of(const Options<C>& o, int64_t r, int64_t n, co
                                    C scale) {
   Mask<C> label = o.labels_of(r, n);
   Vec<C> top = load_first(o.stats + r, n), all = load_first(o.stats + o.rows + r, n, C(1)),
-         x = load_first(o.stats + 2 * o.rows + r, n), w = o.weights_of(label, n), lse_slope{};
+         odds = load_first(o.stats + 2 * o.rows + r, n), w = o.weights_of(label, n), lse_slope{};
   Vec<C> g = o.reduction == none ? load_first(grad_loss + r, n) : splat(scale);
   if (o.z_loss != 0) lse_slope = g * w * (2 * o.z_loss) * (top + log1p(all - C(1)));
   Mask<C> live = ~Mask<C>{};
@@ -28,11 +28,12 @@ PYFUSED_INLINE Slopes<C> slopes_of(const Options<C>& o, int64_t r, int64_t n, co
     lse_slope = live ? lse_slope : Vec<C>{};
   }
   if (grad_lse) lse_slope += load_first(grad_lse + r, n);
-  if constexpr (K == soft) return {top, (g * x + lse_slope) / all, g, g, live};
-  Vec<C> mass = w * o.keep, at_label = g * mass * x + lse_slope * (x + C(1));
+  if constexpr (K == soft) return {top, (g * odds + lse_slope) / all, g, g, live};
+  Vec<C> p_label = C(1) / (C(1) + odds);
+  Vec<C> mass = w * o.keep, at_label = lse_slope * p_label - g * mass / (C(1) + C(1) / odds);
   if constexpr (K == smooth) {
     mass += o.spread * o.weight_sum;
-    at_label += g * o.spread * (o.weight_sum * (x + C(1)) - w);
+    at_label += g * o.spread * (o.weight_sum * p_label - w);
   }
   if (grad_lse) live = ~Mask<C>{};
   return {top, (g * mass + lse_slope) / all, g * o.spread, at_label, live};

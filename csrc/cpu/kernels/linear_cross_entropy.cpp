@@ -80,7 +80,7 @@ void losses(const Layer& layer, const Chunk& chunk, const float* upstream, float
     store_first(loss + r, value, n);
     store_first(stats + r, lse, n);
     store_first(stats + stat + r, splat(1.0f), n);
-    store_first(stats + 2 * stat + r, -(rest / all), n);
+    store_first(stats + 2 * stat + r, rest / own, n);
     for (int64_t i = r; i < r + n; ++i)
       if (chunk.target[i] < 0 || chunk.target[i] >= layer.classes) loss[i] = stats[2 * stat + i] = 0;
   }

@@ -118,6 +118,13 @@ def _columns(start, head, ok, classes, UNIT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _holds(first, label, BLOCK: tl.constexpr):
+    """Whether the only row's label is in the block of classes from `first` on."""
+    label = tl.sum(label, 0)
+    return (label >= first) & (label < first + BLOCK)
+
+
+@triton.jit
 def _forward_kernel(
     loss, lse, stats, partial, input, target, weight, errors, rows, classes, positions, s_n, s_c, s_p, t_n, t_c, t_p,
     ignore_index, smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64, SMOOTH: tl.constexpr,
@@ -150,7 +157,7 @@ def _forward_kernel(
         new_top = tl.maximum(top, tl.max(z, 2))
         ref = tl.where(new_top == -float("inf"), 0.0, new_top)
         e = exp(z - ref[:, :, None], PRECISE)
-        if ROWS > 1 or (tl.sum(label, 0) >= start - head) & (tl.sum(label, 0) < start - head + BLOCK):
+        if ROWS > 1 or _holds(start - head, label, BLOCK):
             e = tl.where(tl.reshape(c[None, :] == label[:, None], (ROWS, PARTS, VECTOR)), 0.0, e)
         others = others * exp(top - ref, PRECISE) + tl.sum(e, 2)
         if SOFT or SMOOTH:
@@ -179,10 +186,10 @@ def _forward_kernel(
     row_lse = top + log_sum
     if SOFT:
         row_loss = mass * log_sum + spread
-        x = mass
+        odds = mass
     else:
         row_loss = w * ((top - z_label) + log_sum)
-        x = -others / all_
+        odds = others / at_label
         if SMOOTH:
             row_loss = row_loss * label_part + (mass * log_sum + spread) * each
     if PENALTY:
@@ -191,7 +198,7 @@ def _forward_kernel(
 
     tl.store(stats + r, top, mask=ok)
     tl.store(stats + rows + r, all_, mask=ok)
-    tl.store(stats + rows + rows + r, x, mask=ok)  # 2 * rows may be more than 32 bits hold
+    tl.store(stats + rows + rows + r, odds, mask=ok)  # 2 * rows may be more than 32 bits hold
     if lse is not None:
         tl.store(lse + r, row_lse, mask=ok)
     if loss is not None:
@@ -230,7 +237,7 @@ def _backward_kernel(
     live = kept if grad_lse is None else ok & (bad == 0)
     top = tl.where(live, tl.load(stats + r, mask=ok, other=0.0), 0.0)
     all_ = tl.where(live, tl.load(stats + rows + r, mask=ok, other=1.0), 1.0)
-    x = tl.where(live, tl.load(stats + rows + rows + r, mask=ok, other=0.0), 0.0)
+    odds = tl.where(live, tl.load(stats + rows + rows + r, mask=ok, other=1.0), 1.0)
     scale = tl.load(grad_loss + r, mask=kept, other=0.0) if REDUCTION == NONE else tl.load(grad_loss)
     if REDUCTION == MEAN:
         scale = scale / tl.load(total)
@@ -241,17 +248,18 @@ def _backward_kernel(
     if grad_lse is not None:
         lse_slope += tl.load(grad_lse + r, mask=live, other=0.0)
     if SOFT:
-        factor = scale * x
+        factor = scale * odds
     else:
         factor = scale * w
         if SMOOTH:
             factor *= label_part
-        at_label = factor * x + lse_slope * (x + 1.0)
+        p_label = 1.0 / (1.0 + odds)
+        at_label = lse_slope * p_label - factor / (1.0 + 1.0 / odds)
         if SMOOTH:
             sum_w = tl.load(weight_sum) if weight is not None else tl.zeros((), DTYPE) + classes
             scale *= each
             factor += scale * sum_w
-            at_label += scale * (sum_w * (x + 1.0) - w)
+            at_label += scale * (sum_w * p_label - w)
     factor = (factor + lse_slope) / all_
 
     at = z_at[:, None] + columns * s_c
@@ -266,11 +274,12 @@ def _backward_kernel(
         u = _spread(weight, c, y, inside, whole, classes, label_part, each, SMOOTH, SOFT, UNIT, DTYPE)
         d -= scale[:, None] * u
     if not SOFT:  # noqa: SIM102  (decided when the kernel is compiled)
-        if ROWS > 1 or (tl.sum(label, 0) >= start - head) & (tl.sum(label, 0) < start - head + BLOCK):
+        if ROWS > 1 or _holds(start - head, label, BLOCK):
             d = tl.where(c[None, :] == label[:, None], at_label[:, None], d)
     if CAP:
         d *= 1.0 - (z / softcap) * (z / softcap)
-    if ROWS > 1 or CAP:  # what was read may be NaN; at -inf, the capped derivative is one of infinity by 0
+    # What was read may be NaN, or a weight; at -inf, the capped derivative is one of infinity by 0.
+    if ROWS > 1 or CAP or SMOOTH:
         d = tl.where(live[:, None], d, 0.0)
     at, d = g_at[:, None] + columns * g_c, d.to(grad_input.dtype.element_ty)
     if UNIT > 1:
