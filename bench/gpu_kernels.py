@@ -11,13 +11,15 @@ import argparse
 import functools
 import math
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from statistics import median
 from typing import NamedTuple
 
 import torch
 
 import pyfused
 from pyfused.ops import cross_entropy as op
+
+from .machine import timed_calls
 
 BF16, F32 = torch.bfloat16, torch.float32
 CACHE = 256 << 20  # several times what GPUs have
@@ -141,14 +143,10 @@ def seconds(runs: list[Callable[[], object]], replays: int = 7) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = [run() for run in runs]  # kept: each writes to memory of its own
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     graph.replay()
-    for mark in marks:
-        mark.record()
-        graph.replay()
-    torch.cuda.synchronize()
+    times = timed_calls(graph.replay, replays, torch.device("cuda"))
     del results
-    return sorted(a.elapsed_time(b) for a, b in pairwise(marks))[replays // 2] / 1e3 / len(runs)
+    return median(times) / 1e3 / len(runs)
 
 
 def copy_of(size: int, device: torch.device) -> Kernel:

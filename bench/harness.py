@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -134,24 +133,6 @@ def check_agreement(results: dict[str, Sequence[Tensor]], gradient_tolerance: fl
                 raise Disagreement(f"{name} differs from {first}: {what}, relative error {error:.2e} > {allowed:.0e}")
 
 
-def _timed_calls(run: Callable, calls: int, device: torch.device) -> list[float]:
-    """Milliseconds of each of `calls` calls. On a GPU between events, so that the queue stays full."""
-    if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            run()
-            mark.record()
-        torch.cuda.synchronize(device)
-        return [a.elapsed_time(b) for a, b in pairwise(marks)]
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     gc.collect()
@@ -175,11 +156,11 @@ def interleave(
     """
     calls, slow = {}, set()
     for name, run in runs.items():
-        (estimate,) = _timed_calls(run, 1, device)
+        (estimate,) = machine.timed_calls(run, 1, device)
         if estimate > seconds * 1e3:
             slow.add(name)
         else:
-            estimate = min(estimate, *_timed_calls(run, 1, device))
+            estimate = min(estimate, *machine.timed_calls(run, 1, device))
         calls[name] = max(1, int(seconds * 1e3 / rounds / max(estimate, 1e-3)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     with _no_garbage_collection():
@@ -187,7 +168,7 @@ def interleave(
             for name in random.Random(turn).sample(list(runs), len(runs)):
                 if name in slow and turn not in (0, rounds // 2, rounds - 1):
                     continue
-                measured = _timed_calls(runs[name], calls[name], device)
+                measured = machine.timed_calls(runs[name], calls[name], device)
                 times[name] += measured[1:] or measured
     return {name: _quantiles(values) for name, values in times.items()}
 

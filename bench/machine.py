@@ -9,6 +9,8 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,27 +35,34 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed_calls(run: Callable, calls: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of `calls` calls. On a GPU between events, so that the queue stays full."""
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            run()
+            mark.record()
+        torch.cuda.synchronize(device)
+        return [a.elapsed_time(b) for a, b in pairwise(marks)]
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
 def _fastest(run, device: torch.device, seconds: float) -> float:
     """Least time of one call in seconds: a ceiling is what the machine reaches when nothing disturbs it.
 
-    On a GPU by its own clock, of ten calls after each other: it would wait for the host to see the end of each.
+    On a GPU of ten calls after each other: it would wait for the host to see the end of each.
     """
     run()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        if device.type == "cuda":
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            marks[0].record()
-            for _ in range(10):
-                run()
-            marks[1].record()
-            synchronize(device)
-            best = min(best, marks[0].elapsed_time(marks[1]) / 1e4)
-        else:
-            start = time.perf_counter()
-            run()
-            best = min(best, time.perf_counter() - start)
-    return best
+        best = min(best, *timed_calls(run, 10 if device.type == "cuda" else 1, device))
+    return best / 1e3
 
 
 @functools.cache

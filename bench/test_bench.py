@@ -71,7 +71,7 @@ def order(monkeypatch):
         calls.extend([run] * count)
         return [600.0 if run == "slow" else 300.0] * count
 
-    monkeypatch.setattr(harness, "_timed_calls", timed_calls)
+    monkeypatch.setattr(harness.machine, "timed_calls", timed_calls)
     return calls
 
 

@@ -71,6 +71,18 @@ def test_kernels_share_no_template_code_between_instruction_sets():
         assert included <= HARMLESS, f"{source.name} includes {included - HARMLESS}"
 
 
+@pytest.mark.skipif(shutil.which("objdump") is None or platform.machine() != "x86_64", reason="no objdump for x86")
+def test_the_lookup_of_embeddings_prefetches():
+    """GCC drops calls of a function that does nothing but prefetch: it must have been inlined. No result shows it."""
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", _C.__file__]
+    code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    functions = dict(re.findall(r"^\w+ <(.*)>:\n((?:.+\n)+)", code, re.M))
+    lookups = [name for name in functions if re.search(r"::score<\w+, \S+>\(", name) and "[clone" not in name]
+    assert len(lookups) == 8 * len(_C.build_info()["isas"].split())
+    for name in lookups:
+        assert "prefetch" in functions[name], name
+
+
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang++ here")
 @pytest.mark.parametrize("source", sorted((CSRC / "cpu").rglob("*.cpp")), ids=lambda path: path.stem)
 def test_clang_takes_the_sources(source):

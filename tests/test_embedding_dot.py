@@ -220,6 +220,12 @@ def test_ids_out_of_range_wherever_they_stand(shape, dtype):
 
 
 @native
+def test_user_ids_out_of_range_without_items():
+    with pytest.raises(IndexError, match=r"user 50 .*user\[1\]"):
+        embedding_dot(torch.tensor([0, 50]), torch.empty(2, 0, dtype=torch.int64), torch.ones(50, 4), torch.ones(60, 4))
+
+
+@native
 def test_the_backward_op_checks_ids_itself():
     grad, good = torch.ones(3), torch.tensor([0, 1, 2])
     weight = torch.ones(5, 4)

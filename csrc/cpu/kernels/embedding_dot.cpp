@@ -21,7 +21,8 @@ namespace pyfused {
 namespace PYFUSED_ISA {
 namespace {
 
-// out[i] = ⟨u[i], v[i]⟩ for four pairs of rows; `one_user`: u[0] is the left row of all four; `whole`: of whole vectors.
+// out[i] = ⟨u[i], v[i]⟩ for four pairs of rows; `one_user`: u[0] is the left row of all four; `whole`: of whole
+// vectors, where the sums stay in registers.
 template <bool one_user, bool whole, class T>
 PYFUSED_INLINE void dot4(const T* const* u, const T* const* v, int64_t dim, compute_t<T>* out) {
   using C = compute_t<T>;
@@ -68,7 +69,7 @@ bool score(T* out, Ids user, Ids item, Table<T> users, Table<T> items, const T* 
       }
       for (int64_t t = count; t % 4; ++t) user_copy[t] = user_copy[count - 1];
     }
-    if (!users.have(user_ids, count) || !items.have(item_ids, count)) return false;
+    if (any_outside(user_ids, 0, count, users.rows) || any_outside(item_ids, 0, count, items.rows)) return false;
     // Inlined, or GCC would drop the calls: to it a prefetch is no effect.
     auto prefetch = [&](int64_t first, int64_t last) __attribute__((always_inline)) {
       if (!users.far && !items.far) return;
@@ -115,7 +116,7 @@ Status embedding_dot(View out, View user, View item, View user_weight, View item
   PYFUSED_REQUIRE(is_bias(user_bias, user_weight), "user_bias", "must be contiguous, one number per row, same dtype");
   PYFUSED_REQUIRE(is_bias(item_bias, item_weight), "item_bias", "must be contiguous, one number per row, same dtype");
   int64_t scores = item.numel();
-  if (scores == 0) return {};
+  if (scores == 0) return check_ids("user", Ids(user), user_weight.shape[0], threads);
   PYFUSED_REQUIRE(user.numel() > 0 && scores % user.numel() == 0, "item", "must hold K ids for every user");
   return for_dtype(out.dtype, [&](auto tag) {
     using T = decltype(tag);

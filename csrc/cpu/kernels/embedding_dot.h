@@ -50,11 +50,6 @@ struct Table {
         dim(v.shape[1]),
         far(v.shape[0] * stride > (2 << 20) / int64_t{sizeof(T)}),
         farther(v.shape[0] * stride > (16 << 20) / int64_t{sizeof(T)}) {}
-  PYFUSED_INLINE bool have(const int64_t* ids, int64_t n) const {
-    uint64_t outside = 0;
-    for (int64_t i = 0; i < n; ++i) outside |= static_cast<uint64_t>(ids[i]) >= static_cast<uint64_t>(rows);
-    return !outside;
-  }
   PYFUSED_INLINE const T* row(int64_t id) const {
     int64_t offset = id * stride;
     asm("" : "+r"(offset));  // else GCC takes four rows' offsets from one vector multiplication, which is slower
@@ -68,13 +63,19 @@ struct Table {
 PYFUSED_INLINE bool is_packed(View v) { return v.contiguous() || v.numel() == 0; }
 PYFUSED_INLINE bool is_table(View v) { return v.ndim == 2 && (v.strides[1] == 1 || v.shape[1] <= 1); }
 
+// Whether one of the ids begin, ..., end - 1 is not in [0, rows); ids: Ids, or an array.
+template <class I>
+PYFUSED_INLINE bool any_outside(const I& ids, int64_t begin, int64_t end, int64_t rows) {
+  uint64_t outside = 0;
+  for (int64_t i = begin; i < end; ++i) outside |= static_cast<uint64_t>(ids[i]) >= static_cast<uint64_t>(rows);
+  return outside;
+}
+
 // The position of the first id that is not in [0, rows); ids.count if there is none.
 PYFUSED_INLINE int64_t first_outside(Ids ids, int64_t rows, int threads) {
   int64_t first = ids.count;
   parallel_for(ids.count, 1 << 14, threads, [&](int64_t begin, int64_t end, int) {
-    uint64_t bad = 0;
-    for (int64_t i = begin; i < end; ++i) bad |= static_cast<uint64_t>(ids[i]) >= static_cast<uint64_t>(rows);
-    if (!bad) return;
+    if (!any_outside(ids, begin, end, rows)) return;
     while (static_cast<uint64_t>(ids[begin]) < static_cast<uint64_t>(rows)) ++begin;
 #ifdef _OPENMP
 #pragma omp critical(pyfused_first_outside)
