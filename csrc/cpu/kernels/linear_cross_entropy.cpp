@@ -15,7 +15,7 @@
 // Flops   6 N D V, the floor: 0.34 s at 1024 x 384 x 50257 on two cores of 175 GFLOP/s each; this takes 0.39 s. Three
 //         products of a BLAS with chunks of as many rows take 0.43 s: it packs the weight anew for every chunk, twice.
 // Traffic per chunk: weight twice, d_weight read and written, g written, read and written: 4 V (4 D + 3 R) bytes.
-// Saves   stats: lse; 1; p[n, target[n]] - 1, exact where p is near 1.
+// Saves   stats: lse; 1; the odds against the label, see pyfused/ops/cross_entropy.py.
 // Order   of sums: that of the blocks, which are dealt to threads by number: the same bits for the same number of threads.
 //         With smoothing the loss is still that of the label, and what the other classes' share of it has for gradient, of
 //         rank one, is the caller's to add.

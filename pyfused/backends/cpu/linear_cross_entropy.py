@@ -122,7 +122,7 @@ class _Classes:
         # Both terms are positive: a confident row's loss keeps its digits.
         loss = own + torch.logaddexp(rest.logsumexp(0) - own_lse, own.new_zeros(()))
         lse = lse.logsumexp(0)
-        stats = torch.stack([lse, torch.ones_like(lse), torch.expm1(-loss).where(self.counted, 0)])
+        stats = torch.stack([lse, torch.ones_like(lse), torch.expm1(loss).where(self.counted, 0)])
         return (loss * self.weights + self.z_loss * self.weights * lse * lse).where(self.counted, 0), stats
 
     def add_grads(self, upstream, stats, grads, needed):
