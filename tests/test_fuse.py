@@ -138,11 +138,12 @@ def test_training_decides_in_train_mode(monkeypatch):
 def test_nothing_is_timed_twice(monkeypatch):
     calls = []
     monkeypatch.setattr(measure, "seconds", lambda eager, fused: calls.append(1) or [2.0, 1.0])
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    x, wider = (torch.randn(2, 3, 8, w).contiguous(memory_format=torch.channels_last) for w in (8, 9))
     fused(model, x)
     fused(model, x)
     assert len(calls) == 2  # forward, and forward + backward
-    fused(model, torch.randn(2, 3, 8, 9))
+    fused(model, wider)
     assert len(calls) == 4
     monkeypatch.setattr(measure, "_processor", lambda: "another one")
     fused(model, x)

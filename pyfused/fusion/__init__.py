@@ -5,6 +5,7 @@ conv.py, embedding.py, losses.py    the patterns: find(graph, module) yields mat
 put_off.py  tensors that are computed when somebody looks at them: what is found by running the model, not in a graph:
             head.py, linear head + cross-entropy; convolved.py, convolution + activation in a forward that is no graph
 candidate.py, measure.py    a match with its inputs; times, and their cache on disk
+search.py, layout.py    all of it on one model, in the layout of its inputs and in channels_last
 verify.py, report.py        the whole model before and after; the rows
 backend.py, post_grad.py    torch.compile(model, backend="pyfused"): the same patterns in the graphs that it captures;
             a pass for Inductor
@@ -18,8 +19,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from . import layout
 from .report import Report, Row
-from .search import Search
 from .trace import uninstall
 from .verify import undisturbed
 
@@ -35,6 +36,8 @@ def fuse(
     Found are Conv1d and Conv2d [+ BatchNorm2d in eval mode] [+ addition] + ReLU, GELU, SiLU, LeakyReLU, Hardswish or
     ReLU6 [+ MaxPool2d], CrossEntropyLoss, a Linear head with the cross-entropy behind it, and products of embeddings
     summed over their width, made by modules or by functions.
+    Where inputs are images in NCHW they are converted to channels_last, and outputs back, if that makes the whole model
+    faster.
     Calls of another kind than the example's (other ranks, keywords, flags) run the model's own code.
 
     Args:
@@ -43,7 +46,8 @@ def fuse(
             times; its buffers and the random state are restored. None: the first call's arguments are the example.
         mode: "train" (candidates must be faster forward and backward) or "inference" (forward, in eval mode).
         verify: compare outputs, and in train mode every parameter's gradient, before and after, and undo everything if
-            they differ by more than `verify.TOLERANCE` (1e-3 in float32, gradients 1e-2).
+            they differ by more than `verify.TOLERANCE` (1e-3 in float32, gradients 1e-2). Without it nothing is
+            converted to channels_last.
         verbose: print the report, which `fuse_report(model)` gives too.
 
     Raises:
@@ -64,7 +68,7 @@ def fuse(
         report.notes.append("Nothing was done: the model's parameters are sharded. Fuse first, then call fully_shard.")
     else:
         with undisturbed(model, mode == "train"):
-            Search(model, args, kwargs, mode == "train", report).run(verify)
+            report = layout.search(model, args, kwargs, mode == "train", verify)
     model.__dict__["_pyfused_report"] = report
     if verbose:
         from rich.console import Console

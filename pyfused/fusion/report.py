@@ -34,11 +34,13 @@ class Report:
     """Rows in the order of the model's modules, and what holds for the model as a whole.
 
     error: largest relative difference between the whole model before and after; None: not compared.
+    channels_last: how many times faster the whole model is since its inputs are converted to that; None: they are not.
     """
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: float | None = None
+    channels_last: float | None = None
 
     @property
     def fused(self) -> list[Row]:
@@ -57,6 +59,8 @@ class Report:
             table.add_row(escape(row.place), row.pattern, *numbers, words)
         head = f"pyfused: {len(self.fused)} of {len(self.rows)} candidates fused"
         head += "" if self.error is None else f"; the whole model differs by {self.error:.0e}"
+        if self.channels_last is not None:
+            head += f"; inputs are converted to channels_last, outputs back, which is {self.channels_last:.2f}x as fast"
         return Group(head, *([table] if self.rows else []), *map(escape, self.notes))
 
     def __str__(self) -> str:

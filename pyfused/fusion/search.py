@@ -27,15 +27,19 @@ class Search:
         self.modules = dict(model.named_modules())
         self.plans: dict[str, RecordPlan] = {}
         self.refusals: dict[str, str] = {}  # why a module's forward is no graph
+        self.flags = (True, False) if training else (False,)  # for which the fused forward is made and verified
+        self.signature = None  # of the model's call; why there is none; None where it runs without being called
+        self.before, self.before_eval, self.own = {}, {}, {}  # what the model makes of the example, and how exactly
 
     def results(self, training: bool) -> dict:
         return results(self.model, self.args, self.kwargs, training)
 
     def run(self, verify: bool) -> None:
         with calls_of(self.modules.values()) as calls:
-            before = self.results(self.training)
-        before_eval = self._in_eval() if verify and self.training else {}
-        own = self._own_differences(before) if verify and self.training else {}
+            self.before = self.results(self.training)
+        self.signature = calls.get(self.model)
+        if verify and self.training:
+            self.before_eval, self.own = self._in_eval(), self._own_differences(self.before)
         for path, module in self.modules.items():
             self._trace(path, module, calls.get(module))
         heads = self._heads() if self.training else {}
@@ -46,7 +50,7 @@ class Search:
         order = {path: i for i, path in enumerate(self.modules)}
         self.report.rows.sort(key=lambda row: order.get(row.place.partition(",")[0], len(order)))
         if verify and self.report.fused:
-            self._verify(before, before_eval, own)
+            self._verify()
 
     def _own_differences(self, before: dict) -> dict[str, float]:
         """What a change of the inputs' last digits makes; nothing where there are none, or the model refuses them."""
@@ -194,30 +198,30 @@ class Search:
 
     # --- Doing
     def _install(self, keep: dict[str, set[str]], put_off: list[tuple[dict, type]]) -> None:
-        flags = (True, False) if self.training else (False,)
         for path, keys in keep.items():
-            plan = Plan(type(self.modules[path]), self.plans[path].signature, flags, frozenset(keys))
+            plan = Plan(type(self.modules[path]), self.plans[path].signature, self.flags, frozenset(keys))
             plan.compile(self.modules[path])
             install(self.modules[path], plan)
         for modules, plan in put_off:
             for module in modules.values():
                 install(module, plan())
 
-    def _verify(self, before: dict, before_eval: dict, own: dict) -> None:
-        allowed = tolerance(self.model, before)
+    def problem(self, report: Report) -> str | None:
+        """What is wrong with the model's results as it is now. Notes in `report` how much they differ from before."""
+        allowed = tolerance(self.model, self.before)
         try:
-            worst = compare(before, self.results(self.training), allowed, own)
-            if before_eval:
-                worst = max(worst, compare(before_eval, self._in_eval(), allowed))
-            excess, self.report.error, name = worst
-            problem = (
-                f"{name} differed by {worst[1]:.1e}, {allowance(name, allowed, own):.0e} is allowed"
-                if excess > 1
-                else None
-            )
+            worst = compare(self.before, self.results(self.training), allowed, self.own)
+            if self.before_eval:
+                worst = max(worst, compare(self.before_eval, self._in_eval(), allowed))
         except Exception as error:
-            problem = f"the fused model raised {type(error).__name__}: {error}"
-        if problem:
+            return f"the fused model raised {type(error).__name__}: {error}"
+        excess, report.error, name = worst
+        if excess > 1:
+            return f"{name} differed by {report.error:.1e}, {allowance(name, allowed, self.own):.0e} is allowed"
+        return None
+
+    def _verify(self) -> None:
+        if problem := self.problem(self.report):
             uninstall(self.modules.values())
             for row in self.report.fused:
                 row.reason = "undone: the whole model did not pass verification"
