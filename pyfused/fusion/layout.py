@@ -77,21 +77,21 @@ def search(model: nn.Module, args: tuple, kwargs: dict, training: bool, verify: 
     in_place = versions != [x._version for x in _tensors((args, kwargs))]
     if not changes or in_place or not isinstance(given.signature, Signature):
         return given.report
-    as_given, other = _classes(model), Search(model, *converted, training, Report())
+    as_given, report = _classes(model), Report()
     uninstall(model.modules())
     try:
-        other.run(verify)
+        Search(model, *converted, training, report).run(verify)
         inner = vars(type(model)).get("_pyfused_plan")
         install(model, ChannelsLast(base_of(model), given.signature, given.flags, inner))
-        speedup = None if given.problem(other.report) else _speedup(given, as_given, _classes(model))
+        speedup = None if given.problem(report) else _speedup(given, as_given, _classes(model))
     except Exception:  # such as a view of what only NCHW has in one piece
         speedup = None
     if speedup is None or speedup < measure.MARGIN:
         uninstall(model.modules())
         _set(as_given)
         return given.report
-    other.report.channels_last = speedup
-    return other.report
+    report.channels_last = speedup
+    return report
 
 
 def _speedup(search: Search, as_given: dict, converted: dict) -> float:
