@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import check, max_error
 from conftest import INTERPRETED
 
 import pyfused
@@ -83,6 +84,21 @@ def test_gradient_of_lse_at_an_improbable_label_is_kept(variant, classes, margin
     got = gradient(lse.sum(), x)
     truth = torch.softmax(x.detach().double(), 1)
     torch.testing.assert_close(got[:, 1].double(), truth[:, 1], rtol=2e-6, atol=0)
+
+
+@pytest.mark.op("cross_entropy")
+@pytest.mark.parametrize("classes", [300, 3000, 30000])
+@pytest.mark.parametrize("classes_adjacent", [True, False])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["hard", "smooth"])
+def test_many_small_terms_beside_a_large_one(variant, options, classes_adjacent, classes):
+    """Each is less than half a unit in the last place of the largest, together they are many."""
+    x = torch.zeros(2, classes)
+    x[:, 3] = 17.5
+    given = (x if classes_adjacent else x.t().contiguous().t()).to(variant)
+    target = torch.tensor([5, 6])
+    got = PF.cross_entropy(given, target.to(variant), reduction="none", **options).cpu()
+    truth, eager = (F.cross_entropy(y, target, reduction="none", **options) for y in (x.double(), x))
+    check(got, truth, eager, max_error(eager, truth), 0.0, "loss")
 
 
 # --- Rows of several blocks (2048 classes on the CPU): each starts with the maximum of those before it
