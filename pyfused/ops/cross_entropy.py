@@ -340,7 +340,8 @@ def cross_entropy(
         z_loss: adds z_loss · lse² to the loss of every row that is not ignored, times the class weight of its label,
             before the reduction.
         softcap: replaces each logit by softcap · tanh(logit / softcap) first.
-        return_lse: also return log ∑ exp(logits), ignored rows included; float32 (float64), differentiable.
+        return_lse: also return log ∑ exp(logits), ignored rows included; float32 (float64), differentiable. NaN for
+            a row with +inf or nothing but -inf, whose loss is NaN as in PyTorch; torch.logsumexp gives the infinity.
         inplace: backward may write the gradient into the memory of `input`. A second backward, or the backward of
             anything else that saved `input`, then raises RuntimeError. No effect under torch.compile.
 
