@@ -29,7 +29,7 @@ constexpr int kVectors = lanes<float> == 16 ? 4 : 2;
 
 // finish(r, h, ∑_k a[r, k] * b[k, h]) for R rows and B vectors. Meanwhile what is `ahead`, from k on `ahead_bytes` * k
 // bytes farther, is prefetched with the locality `Ahead` of __builtin_prefetch (0: nothing is), and of b, if it is not
-// in the L1 cache, what is due in `Soon` steps.
+// in the L1 cache, what is due in `Soon` steps, a line of kPanel at a time.
 template <int R, int B, int Ahead = 0, int Soon = 0, class Finish>
 PYFUSED_INLINE void multiply_with(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
                                   int64_t b_step, int64_t depth, const Finish& finish, const void* ahead = nullptr,
@@ -39,7 +39,7 @@ PYFUSED_INLINE void multiply_with(const float* a, int64_t a_row, int64_t a_step,
     if constexpr (Ahead > 0) __builtin_prefetch(static_cast<const char*>(ahead) + k * ahead_bytes, 0, Ahead);
     if constexpr (Soon > 0)
 #pragma GCC unroll 4
-      for (int h = 0; h < B; ++h) __builtin_prefetch(b + Soon * b_step + h * b_vector);
+      for (int h = 0; h < B; h += kPanel / lanes<float>) __builtin_prefetch(b + Soon * b_step + h * b_vector);
     V right[B];
 #pragma GCC unroll 4
     for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
