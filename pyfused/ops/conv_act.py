@@ -17,7 +17,7 @@ views, no copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -217,13 +217,14 @@ def conv_act(
     kwargs = {"activation": activation, "negative_slope": negative_slope, "residual": residual}
     if isinstance(input, torch.Tensor):
         input, weight, bias = conv.autocast(input, weight, bias)
-    tensors, options = (input, weight, bias, residual), given[3:]
-    hand_over = dispatch.may_hand_over(input) and not is_transformed()
-    if hand_over and _goes_to_eager(conv.allowed_algorithms(), *tensors, *options, activation):
-        return eager_in_place(*tensors, *options, activation=activation, negative_slope=negative_slope)
+    if dispatch.may_hand_over(input) and not is_transformed():
+        tensors = (input, weight, bias, residual)
+        way = _way(conv.allowed_algorithms(), *tensors, stride, padding, dilation, groups, activation)
+        if way is not None:
+            return way(*tensors, slope=float(negative_slope))
     if not conv.is_native(input, weight, bias):
         return reference(*given, **kwargs)
-    unbatched, args = input.dim() == weight.dim() - 1, (input, weight, bias, *options)
+    unbatched, args = input.dim() == weight.dim() - 1, (input, weight, bias, *given[3:])
     problem, args = conv.prepare(*(as_maps(*args) if rows else args))
     if problem:
         reject("conv_act", problem, reference, *given, **kwargs)
@@ -237,17 +238,24 @@ def conv_act(
 
 
 @by_signature
-def _goes_to_eager(_, input, weight, bias, residual, *options) -> bool:
-    """Whether a call on CPU tensors that nothing is wrong with is one that eager PyTorch does as well."""
+def _way(_, input, weight, bias, residual, *options) -> Callable | None:
+    """How a call on CPU tensors goes, as a function of the four and the slope: to eager PyTorch, or with its options
+    completed to the registered op. None for all that needs more: what is wrong, or PyTorch's alone, or rows, a single
+    image or "same" padding that go to the op."""
     if not conv.is_native(input, weight, bias):
-        return False
+        return None
     *options, activation = options
     args = (input, weight, bias, *options)
     problem, args = conv.prepare(*(as_maps(*args) if _is_rows(weight) else args))
     if problem or not (residual is None or _is_residual(residual, input, weight, args)):
-        return False
-    args = (*args[:3], residual, *args[3:], ACTIVATIONS.index(activation))
-    return conv.is_tiny(*args[:2]) or dispatch.cedes("conv_act", args)
+        return None
+    number = ACTIVATIONS.index(activation)
+    if conv.is_tiny(*args[:2]) or dispatch.cedes("conv_act", (*args[:3], residual, *args[3:], number)):
+        return lambda *tensors, slope: eager_in_place(*tensors, *options, activation=activation, negative_slope=slope)
+    if args[0] is not input:
+        return None
+    options = (*args[3:], number)
+    return lambda *tensors, slope: _run(*tensors, *options, slope)
 
 
 def _run(input, weight, bias, residual, *options):

@@ -32,9 +32,8 @@ NONE, GELU = map(op.ACTIVATIONS.index, ("none", "gelu"))
 LEAST_GELU, LEAST_TRAINED = 200_000, 3_000_000
 
 
-def _winograd(convolution, residual, activation, slope) -> torch.Tensor:
+def _winograd(out, convolution, residual, activation, slope) -> torch.Tensor:
     input, weight, bias, _, padding, *_ = convolution
-    out = cached(conv_op.alloc(*convolution))
     result = conv._channels_last(out, fill=False)
     residual = None if residual is None else conv._channels_last(residual)
     tile = conv.winograd_tile(out)
@@ -43,9 +42,8 @@ def _winograd(convolution, residual, activation, slope) -> torch.Tensor:
     return conv._convert(out, result)
 
 
-def _one_by_one(convolution, residual, activation, slope) -> torch.Tensor:
+def _one_by_one(out, convolution, residual, activation, slope) -> torch.Tensor:
     input, weight, bias, *_ = convolution
-    out = cached(conv_op.alloc(*convolution))
     residual = None if residual is None else conv._dense(residual, out)
     given = (conv._dense(input, out), conv.packed(weight), bias, residual)
     _C.conv2d_1x1_act(out, *given, activation, slope, torch.get_num_threads())
@@ -53,11 +51,10 @@ def _one_by_one(convolution, residual, activation, slope) -> torch.Tensor:
 
 
 def _own(convolution) -> Callable | None:
-    """What does it all in one kernel, as a function of (convolution, residual, activation, slope); None: nothing."""
-    chosen = conv.algorithm(*convolution)
-    if chosen == "1x1":
-        return _one_by_one if conv_op.memory_format(*convolution[:2]) == torch.channels_last else None
-    return _winograd if chosen == "winograd" else None
+    """What does it all in one kernel: a function of (convolution, residual, activation, slope). None: nothing does."""
+    chosen, shape, layout = conv._plan(conv_op.allowed_algorithms(), *convolution)
+    run = {"winograd": _winograd, "1x1": _one_by_one if layout == torch.channels_last else None}.get(chosen)
+    return run and (lambda *args: run(conv._empty(shape, layout, convolution[0]), *args))
 
 
 def _aten(convolution) -> torch.Tensor:
@@ -107,8 +104,9 @@ def backward(grad, input, weight, saved, stride, padding, dilation, groups, acti
         saved, bias = grad if activation == NONE else saved, d_bias if needed[2] else None
         _C.conv_act_grad(written, bias, grad, saved, activation, slope, torch.get_num_threads())
     d_residual = g if needed[3] else weight.new_empty(0)
-    if needed[1] and conv.algorithm(input, weight, None, *options) == "winograd":
-        d_input, d_weight, _ = map(cached, conv_op.alloc_grads(input, weight, [*needed[:2], False]))
+    chosen, _, layout = conv._plan(conv_op.allowed_algorithms(), input, weight, None, *options)
+    if needed[1] and chosen == "winograd":
+        d_input, d_weight, _ = map(cached, conv_op.alloc_grads(input, weight, [*needed[:2], False], layout))
         conv.winograd_backward(d_input if needed[0] else None, d_weight, None, g, None, input, weight, padding)
         return d_input, d_weight, d_bias, d_residual
     return *conv._finish(g if of_convolution else None, d_bias, input, weight, options, needed), d_residual
