@@ -717,6 +717,34 @@ class Branches(nn.Module):
         return F.silu(self.conv2(self.activation(self.between(self.conv1(x)))))
 
 
+@pytest.mark.parametrize("lazily", [False, True], ids=["now", "lazily"])
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_fuse_is_called_where_there_are_no_gradients(context, mode, lazily):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.SiLU()).train(mode == "train")
+    plain = copy.deepcopy(model)
+    with context():
+        x = torch.randn(2, 3, 8, 8)
+        pyfused.fuse(model, None if lazily else x, mode=mode, verbose=False)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert all(row.fused for row in rows(model).values()) and len(rows(model)) == 2
+    x = torch.randn(2, 3, 8, 8)
+    for m in (model, plain):
+        m(x).square().sum().backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_inference_tensors_is_left_alone():
+    with torch.inference_mode():
+        model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+        before = model(x)
+        pyfused.fuse(model, x, mode="inference", verbose=False)
+        assert "inference_mode" in pyfused.fuse_report(model).notes[0]
+        assert torch.equal(model(x), before)
+
+
 SOUND = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(0))
 
 

@@ -14,10 +14,12 @@ rival.py    what a fused call must be faster than there
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from . import layout
 from .report import Report, Row
@@ -66,8 +68,11 @@ def fuse(
         report.notes.append("Nothing was done: the model has uninitialised parameters. Run it once, then fuse it.")
     elif any(hasattr(p, "full_tensor") for p in model.parameters()):  # a DTensor; importing that takes a second
         report.notes.append("Nothing was done: the model's parameters are sharded. Fuse first, then call fully_shard.")
+    elif any(x.is_inference() for x in (*model.parameters(), *model.buffers())):
+        report.notes.append("Nothing was done: the model was made in torch.inference_mode. Make it outside.")
     else:
-        with undisturbed(model, mode == "train"):
+        with _no_context_of_the_caller(mode == "train"), undisturbed(model, mode == "train"):
+            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.clone() if x.is_inference() else x, (args, kwargs))
             report = layout.search(model, args, kwargs, mode == "train", verify)
     model.__dict__["_pyfused_report"] = report
     if verbose:
@@ -75,6 +80,14 @@ def fuse(
 
         Console().print(report, highlight=False)
     return model
+
+
+@contextmanager
+def _no_context_of_the_caller(training: bool) -> Iterator[None]:
+    """Within it gradients exist if the search needs them, whether fuse was called in no_grad, inference_mode or not."""
+    gradients = training or torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
 
 
 def unfuse(model: nn.Module) -> nn.Module:
