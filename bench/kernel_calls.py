@@ -16,7 +16,7 @@ import threading
 from array import array
 
 PAGE = 4096
-SILU, GELU = 5, 6  # places in pyfused.ops.conv_act.ACTIVATIONS
+RELU, SILU, GELU = 1, 5, 6  # places in pyfused.ops.conv_act.ACTIVATIONS
 PERIOD = 4093  # values repeat after this prime number of elements
 DTYPES = {"float32": (2, 32), "bfloat16": (4, 16), "int32": (0, 32), "int64": (0, 64), "uint8": (1, 8)}  # kind, bits
 
@@ -198,13 +198,19 @@ def winograd_cases():
         yield "conv2d_winograd_backward_weight", text, (weight_grad, bias, grad, saved, x, pad, pad, tile, 1)
 
 
-def one_by_one_cases():
+def implicit_gemm_cases():
+    ones, twos = (0, 0, 1, 1), (1, 1, 1, 1)  # padding and dilation
     for last in (False, True):
+        layout = "NHWC" if last else "NCHW"
         x, y = Tensor(2, 45, 27, 29, last=last), Tensor(2, 70, 27, 29, last=last)
-        text, weight, bias = f"2x45x27x29->70 {'NHWC' if last else 'NCHW'}", Tensor(70, 45, 1, 1), Tensor(70)
-        yield "conv2d_1x1", text, (y, x, weight, bias, 1)
-    residual = Tensor(2, 70, 27, 29, last=True)
-    yield "conv2d_1x1_act", text + " SiLU", (y, x, weight, bias, residual, SILU, 0.0, 1)
+        weight, bias = Tensor(70, 45, 1, 1), Tensor(70)
+        yield "conv2d_implicit_gemm", f"2x45x27x29->70 {layout}", (y, x, weight, bias, None, 1, 1, *ones, RELU, 0.0, 1)
+        y, weight = Tensor(2, 70, 14, 15, last=last), Tensor(70, 45, 3, 3)
+        text = f"2x45x27x29->70 k3 s2 {layout}"
+        yield "conv2d_implicit_gemm", text, (y, x, weight, bias, None, 2, 2, *twos, RELU, 0.0, 1)
+    y = residual = Tensor(2, 70, 27, 29, last=True)
+    given = (y, x, Tensor(70, 45, 1, 1), bias, residual, 1, 1, *ones, SILU, 0.0, 1)
+    yield "conv2d_implicit_gemm", "2x45x27x29->70 NHWC residual SiLU", given
 
 
 def depthwise_cases():
@@ -254,7 +260,7 @@ def cases():
         linear_cross_entropy_cases,
         direct_cases,
         winograd_cases,
-        one_by_one_cases,
+        implicit_gemm_cases,
         depthwise_cases,
         epilogue_cases,
         embedding_cases,

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -28,15 +29,18 @@ struct CachedTensor {
   std::vector<int64_t> shape, strides;
   std::size_t bytes;
 };
-py::object cached_like(py::object prototype) {
+py::object cached_like(py::object prototype, std::optional<std::vector<int64_t>> shape,
+                       std::optional<std::vector<int64_t>> strides) {
   const DLPackExchangeAPI* api = exchange_api(Py_TYPE(prototype.ptr()));
   DLTensor like;
   if (!api || api->view_from_object(prototype.ptr(), &like) != 0) throw py::type_error("cached_like takes a tensor");
   auto cached = std::make_unique<CachedTensor>();
+  cached->shape = shape ? std::move(*shape) : std::vector<int64_t>(like.shape, like.shape + like.ndim);
+  cached->strides = strides ? std::move(*strides) : std::vector<int64_t>(like.strides, like.strides + like.ndim);
+  if (cached->shape.size() != cached->strides.size()) throw py::value_error("cached_like: a stride for each size");
   int64_t last = 0;  // offset of the last element
-  for (int i = 0; i < like.ndim; ++i) last += (like.shape[i] - 1) * like.strides[i];
-  cached->shape.assign(like.shape, like.shape + like.ndim);
-  cached->strides.assign(like.strides, like.strides + like.ndim);
+  for (std::size_t i = 0; i < cached->shape.size(); ++i) last += (cached->shape[i] - 1) * cached->strides[i];
+  like.ndim = static_cast<int32_t>(cached->shape.size());
   cached->bytes = static_cast<std::size_t>(last + 1) * like.dtype.bits / 8;
   like.data = cache_take(cached->bytes);
   like.byte_offset = 0;
@@ -128,7 +132,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &current_isa, "The instruction set in use.");
   m.def("set_isa", &choose_isa, py::arg("name"), "Use another instruction set (also: environment PYFUSED_ISA).");
   if (const char* name = std::getenv("PYFUSED_ISA"); name && *name) choose_isa(name);
-  m.def("cached_like", &cached_like, py::arg("prototype"), "An uninitialised tensor like this one, in cached memory.");
+  m.def("cached_like", &cached_like, py::arg("prototype"), py::arg("shape") = py::none(),
+        py::arg("strides") = py::none(),
+        "An uninitialised tensor like this one, or of another shape, in cached memory.");
   m.def("cache_held", &cache_held, "Bytes in free blocks of the cache.");
   m.def("cache_empty", &cache_empty, "Give the free blocks back to the system.");
   m.def("cache_limit", &cache_limit, py::arg("bytes"), "Hold at most this many bytes.");

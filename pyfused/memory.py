@@ -39,35 +39,43 @@ _derived: OrderedDict[tuple, _Derived] = OrderedDict()  # the least recently use
 _lock = threading.RLock()  # re-entrant: garbage collection may call _forget while it is held
 
 
+def constant(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, which pyfused made and nobody else can reach: what is derived of it stays true, unasked."""
+    tensor._pyfused_constant = True
+    return tensor
+
+
 def derived(source: torch.Tensor, kind: str, make: Callable[[], torch.Tensor]) -> torch.Tensor | None:
     """make(), a tensor computed from `source` (dense) alone, remembered as long as `source` lives unchanged.
 
     None at the first sight of a source or of a new version of it: in training every step has a new one, and to keep
     what is computed from it would not pay. What the version does not show (`.data`, NumPy, PyTorch's optimizers with
     fused=True) shows in the fingerprint, which reads the source once, a small part of what any `make` costs that is
-    worth it. Then None for a while, twice as long each time: that, too, is how training looks.
+    worth it. Then None for a while, twice as long each time: that, too, is how training looks. A `constant` needs none
+    of this.
     """
     key, mark = (id(source), kind), (0 if source.is_inference() else source._version, source.data_ptr())
+    is_constant = hasattr(source, "_pyfused_constant")
     with _lock:
         entry = _derived.get(key)
         if entry is None or entry.source() is not source:
-            _derived[key] = _Derived(weakref.ref(source, lambda _: _forget(key)), mark)
-            return None
+            entry = _derived[key] = _Derived(weakref.ref(source, lambda _: _forget(key)), mark)
+            if not is_constant:
+                return None
         if entry.mark != mark:
             entry.mark, entry.value = mark, None
             return None
         if entry.rest:
             entry.rest -= 1
             return None
-    fingerprint = torch.empty(1, dtype=torch.int64)
-    _C.fingerprint(fingerprint, source, torch.get_num_threads())
-    fingerprint = fingerprint.item()
+    fingerprint = 0 if is_constant else _fingerprint(source)
     with _lock:
         if entry.value is not None and entry.fingerprint != fingerprint:
             entry.value, entry.rest, entry.next_rest = None, entry.next_rest, min(2 * entry.next_rest, LONGEST_REST)
             return None
         value = entry.value
-    if value is None:
+    made = value is None
+    if made:
         value = make()
     else:
         entry.next_rest = 1
@@ -75,9 +83,15 @@ def derived(source: torch.Tensor, kind: str, make: Callable[[], torch.Tensor]) -
         entry.fingerprint, entry.value = fingerprint, value
         if key in _derived:
             _derived.move_to_end(key)
-        while derived_held() > DERIVED_LIMIT:
+        while made and derived_held() > DERIVED_LIMIT:
             _derived.popitem(last=False)
     return value
+
+
+def _fingerprint(source: torch.Tensor) -> int:
+    out = torch.empty(1, dtype=torch.int64)
+    _C.fingerprint(out, source, torch.get_num_threads())
+    return out.item()
 
 
 def _forget(key: tuple) -> None:

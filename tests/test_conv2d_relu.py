@@ -43,17 +43,29 @@ def exact(*shape, high=5, seed=0):
         ((2, 16, 8, 8), (16, 16, 3, 3), {"padding": 2}, "aten"),
         ((1, 160, 16, 16), (160, 160, 3, 3), {"training": True}, "aten"),
         ((1, 160, 16, 16), (160, 160, 3, 3), {}, "winograd"),
-        ((1, 160, 9, 9), (160, 160, 3, 3), {}, "aten"),
+        ((1, 160, 9, 9), (160, 160, 3, 3), {}, "implicit_gemm"),
+        ((1, 160, 9, 9), (160, 160, 3, 3), {"training": True}, "aten"),
+        ((1, 160, 7, 7), (160, 160, 3, 3), {}, "aten"),
+        ((1, 48, 16, 16), (48, 48, 3, 3), {"dilation": 2}, "implicit_gemm"),
         ((2, 160, 16, 16), (160, 160, 3, 3), {}, "winograd"),
         ((8, 512, 7, 7), (512, 512, 3, 3), {"padding": 1}, "winograd"),
-        ((4, 16, 8, 8), (16, 16, 1, 1), {}, "1x1"),
+        ((4, 16, 8, 8), (16, 16, 1, 1), {}, "implicit_gemm"),
+        ((4, 16, 8, 8), (16, 16, 1, 1), {"layout": torch.channels_last}, "implicit_gemm"),
+        ((4, 16, 8, 8), (16, 16, 1, 1), {"training": True}, "aten"),
+        ((9, 16, 88, 88), (16, 16, 1, 1), {}, "aten"),
+        ((9, 16, 88, 88), (16, 16, 1, 1), {"layout": torch.channels_last}, "implicit_gemm"),
+        ((9, 16, 88, 88), (16, 16, 1, 1), {"layout": torch.channels_last, "training": True}, "aten"),
+        ((9, 24, 88, 88), (24, 24, 1, 1), {"layout": torch.channels_last, "training": True}, "implicit_gemm"),
+        ((9, 32, 88, 88), (32, 32, 3, 3), {"stride": 2}, "implicit_gemm"),
+        ((9, 32, 88, 88), (32, 32, 3, 3), {"stride": 2, "layout": torch.channels_last}, "aten"),
+        ((9, 16, 88, 88), (32, 16, 3, 3), {"stride": 2}, "aten"),
         ((3, 16, 9, 9), (16, 16, 1, 1), {}, "aten"),
         ((4, 16, 9, 9), (15, 16, 1, 1), {}, "aten"),
         ((4, 16, 9, 9), (16, 16, 1, 1), {"padding": 1}, "aten"),
-        ((4, 16, 17, 17), (16, 16, 1, 1), {"stride": 2}, "aten"),
+        ((4, 16, 17, 17), (16, 16, 1, 1), {"stride": 2}, "implicit_gemm"),
         ((4, 16, 9, 9), (16, 16, 1, 1), {"dtype": torch.float64}, "aten"),
         ((999, 32, 3, 3), (32, 32, 3, 3), {}, "aten"),
-        ((2, 16, 9, 9), (16, 16, 3, 3), {"padding": 3}, "aten"),
+        ((2, 16, 29, 29), (16, 16, 3, 3), {"padding": 3}, "aten"),
         ((2, 16, 9, 9), (15, 16, 3, 3), {}, "aten"),
         ((2, 16, 9, 9), (16, 16, 3, 3), {"stride": 2}, "aten"),
         ((2, 16, 9, 9), (16, 16, 3, 3), {"dtype": torch.bfloat16}, "aten"),
@@ -107,7 +119,7 @@ def test_what_eager_does_as_well_is_left_to_it(monkeypatch):
     """No autograd.Function of ours where PyTorch's convolution would run, unless forced; the same values."""
     monkeypatch.setattr(dispatch, "may_hand_over", may_hand_over)
     g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(8, 32, 12, 12, generator=g), torch.randn(32, 32, 5, 5, generator=g, requires_grad=True)
+    x, w = torch.randn(8, 32, 20, 20, generator=g), torch.randn(32, 32, 5, 5, generator=g, requires_grad=True)
     out, expected = PF.conv2d_relu(x, w, padding=2), eager("conv2d_relu")(x, w, padding=2)
     assert "Conv2dReLU" not in type(out.grad_fn).__name__ and torch.equal(out, expected)
     with pyfused.use_backend("cpu"):
@@ -167,9 +179,9 @@ def run(function, x, w, b, upstream=None, **options):
 @pytest.mark.parametrize(
     "pool", [{"pool_size": 2}, {"pool_size": 3, "pool_stride": 2}, None], ids=["2x2", "3x3", "none"]
 )
-@pytest.mark.parametrize("channels", [1, 6, 20], ids=["direct", "aten", "1x1"])
+@pytest.mark.parametrize("channels", [1, 6, 20], ids=["direct", "aten", "implicit_gemm"])
 def test_special_values(variant, channels, pool, layout):
-    """NaN, infinities, -0 and ties as in eager PyTorch, in outputs and in gradients: 1x1 kernels keep them apart."""
+    """NaN, infinities, -0 and ties as in eager PyTorch, in outputs and in gradients: implicit GEMM keeps them apart."""
     x = exact(2, channels, 13, 11)
     for at, value in enumerate((float("nan"), float("inf"), -float("inf"), -0.0)):
         x[0, 0, 2 + at, 3 + 2 * at] = x[1, 0, 4, 2 * at] = value

@@ -127,6 +127,29 @@ def test_inference_mode(layer):
         assert torch.equal(PF.conv2d_relu(x, w, padding=1), fresh(x, w)) and not torch.equal(before, fresh(x, w))
 
 
+def test_a_constant_is_remembered_at_once_and_not_read_again(layer, monkeypatch):
+    x, weight = layer
+    weight = memory.constant(weight.detach().clone())
+    expected = fresh(x, weight)
+    monkeypatch.setattr(memory, "_fingerprint", None)
+    assert torch.equal(PF.conv2d_relu(x, weight, padding=1), expected) and memory.derived_held() > 0
+    next(iter(memory._derived.values())).value.zero_()
+    assert not torch.equal(PF.conv2d_relu(x, weight, padding=1), expected)
+
+
+def test_folded_norms_are_constants(layer):
+    """In a fused model in eval mode; what they are folded from is known by its version."""
+    from pyfused.fusion.conv import fold
+
+    norm = torch.nn.BatchNorm2d(64).eval()
+    given = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    with torch.no_grad():
+        folded, _ = fold(layer[1], None, *given)
+        assert hasattr(folded, "_pyfused_constant") and fold(layer[1], None, *given)[0] is folded
+        norm.weight.mul_(2)
+        assert torch.equal(fold(layer[1], None, *given)[0], folded * 2)
+
+
 def test_bounded_and_the_least_recently_used_goes_first(layer, monkeypatch):
     x, weight = layer
     size = 4 * 36 * (48 * 64 + 16)

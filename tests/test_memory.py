@@ -35,6 +35,16 @@ def test_same_shape_strides_and_dtype(dtype):
     assert (x == 3).all()
 
 
+def test_another_shape_than_the_prototypes():
+    like = torch.zeros(3, dtype=torch.bfloat16)
+    x = _binary._C.cached_like(like, (2, 3, 100, 200), (60_000, 1, 600, 3))
+    assert (x.shape, x.stride(), x.dtype) == ((2, 3, 100, 200), (60_000, 1, 600, 3), torch.bfloat16)
+    x.fill_(3)
+    assert (x == 3).all() and x.untyped_storage().nbytes() >= 240_000
+    with pytest.raises(ValueError, match="a stride for each size"):
+        _binary._C.cached_like(like, (2, 3), (3,))
+
+
 def test_memory_is_reused_and_bounded():
     x = memory.cached(torch.empty(1000, 1000))
     address = x.data_ptr()

@@ -159,7 +159,8 @@ def test_conv_act_reaches_its_kernels_for_winograd_and_for_gelu_in_channels_last
     for layout in (torch.channels_last, nchw):
         assert runs(large, three, layout, activation="silu")
         assert not runs(large, one, layout, activation="silu")
-        assert runs(large, one, layout, train=False, activation="silu") == (layout == torch.channels_last)
+        assert runs(large, one, layout, train=False, activation="silu")
+        assert runs((4, 64, 70, 70), one, layout, train=False, activation="silu") == (layout == torch.channels_last)
         assert not runs((1, 64, 8, 8), three, layout, activation="silu")
     residual = torch.randn(4, 64, 40, 40)
     assert runs(large, three, activation="relu", residual=residual)

@@ -20,10 +20,10 @@
                     int64_t pad_h, int64_t pad_w, int threads))                                                        \
   K(conv2d_direct_backward_weight, (View d_weight, View d_bias, View grad, View saved, View input, int64_t stride_h,   \
                                     int64_t stride_w, int64_t pad_h, int64_t pad_w, int threads))                      \
-  K(conv2d_1x1_pack, (View packed, View weight, int threads))                                                          \
-  K(conv2d_1x1, (View out, View input, View weight, View bias, int threads))                                           \
-  K(conv2d_1x1_act,                                                                                                    \
-    (View out, View input, View weight, View bias, View residual, int activation, double slope, int threads))          \
+  K(conv2d_implicit_gemm_pack, (View packed, View weight, int threads))                                                \
+  K(conv2d_implicit_gemm,                                                                                              \
+    (View out, View input, View weight, View bias, View residual, int64_t stride_h, int64_t stride_w, int64_t pad_h,   \
+     int64_t pad_w, int64_t dilation_h, int64_t dilation_w, int activation, double slope, int threads))                \
   K(conv2d_depthwise,                                                                                                  \
     (View out, View input, View weight, View bias, int64_t stride, int64_t pad_h, int64_t pad_w, int threads))         \
   K(conv2d_depthwise_backward, (View d_input, View d_weight, View d_bias, View grad, View saved, View input,           \

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import functional
+from ..memory import constant
 from ..ops import conv2d_relu as conv_op
 from ..ops import conv_act
 from .graph import ACTIVATIONS, Call, Match, Refusal, call_of, calls_of, only_user, why_not, writes_between
@@ -186,20 +187,22 @@ def fold(weight, bias, running_mean, running_var, gamma, beta, eps):
     Kept while the tensors do not change; computed anew, so that gradients flow, where any of them needs one.
     """
     given = (weight, bias, running_mean, running_var, gamma, beta)
-    others = given[1:]
     tensors = [x for x in given if x is not None]
-    if (
-        torch.compiler.is_compiling()
-        or any(x.is_inference() or type(x) not in (torch.Tensor, nn.Parameter) for x in tensors)
-        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-    ):
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return _fold(*given, eps)
-    state = [(x.data_ptr(), x._version) for x in tensors]
     known = _folded.get(weight)
-    if known is None or known[1] != state or any(a is not b for a, b in zip(known[0], others)):
-        with torch.inference_mode(False), torch.no_grad():
-            known = _folded[weight] = (others, state, _fold(*given, eps))
-    return known[2]
+    if known is not None and all(a is b for a, b in zip(known[0], given[1:])) and known[1] == _state(tensors):
+        return known[2]
+    if any(x.is_inference() or type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
+        return _fold(*given, eps)
+    with torch.inference_mode(False), torch.no_grad():
+        folded, shift = _fold(*given, eps)
+    _folded[weight] = (given[1:], _state(tensors), (constant(folded), shift))
+    return folded, shift
+
+
+def _state(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(x.data_ptr(), x._version) for x in tensors]
 
 
 def _fold(weight, bias, running_mean, running_var, gamma, beta, eps):

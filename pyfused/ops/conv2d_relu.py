@@ -33,9 +33,9 @@ def eager_in_place(*args):
 # Multiplications below which calls go to eager PyTorch; measured on one and two threads. The direct kernel, for up to 4
 # channels, loses to PyTorch's own loop only, which takes one image in float32 (28x28 -> 8: 7 us, ours 21; oneDNN needs
 # 40 us for anything): ours is 2.9 times as fast for 64x64x3 -> 16, 0.6 for 32x32x3 -> 16. 3x3 in float32 (Winograd)
-# wins from 2x32x14x14 -> 32 on, 3.6 million, and loses at half of that. What goes to oneDNN either way costs 10 to 20
-# us more a call forward and 60 to 100 in training.
-TINY_DIRECT, TINY_WINOGRAD, TINY_ATEN = 700_000, 2_500_000, 16_000_000
+# wins from 2x32x14x14 -> 32 on, 3.6 million, and loses at half of that. Of 1x1 kernels 64x28x28 -> 64 (3.2 million)
+# wins, 256x7x7 -> 256 loses.
+TINY_DIRECT, TINY_WINOGRAD, TINY_OTHERS = 700_000, 2_500_000, 3_000_000
 
 
 # --- Which algorithms may be used
@@ -185,7 +185,7 @@ def is_tiny(input, weight, direct=TINY_DIRECT) -> bool:
         one_image = len(shape) == 3 or shape[0] == 1
         return one_image and size < direct * channels and kh <= 3 and kw <= 3 and input.itemsize >= 4
     winograd = kh == kw == 3 and input.dtype != torch.float64  # 16-bit types may be widened
-    return size < (TINY_WINOGRAD if winograd else TINY_ATEN) * channels
+    return size < (TINY_WINOGRAD if winograd else TINY_OTHERS) * channels
 
 
 def is_native(input, weight, bias) -> bool:

@@ -1,7 +1,7 @@
 """conv_act on the CPU, by three of conv2d_relu's algorithms.
 
-winograd    where conv2d_relu takes it; residual and activation in its epilogue, unless backward needs z.
-1x1         the same in channels_last, in training for large maps only: 0.94 to 0.98 of eager's speed for others.
+winograd, implicit_gemm   where conv2d_relu takes them, the latter in training for large maps only; residual and
+            activation in their epilogues, unless backward needs z.
 aten        PyTorch's convolution (oneDNN) with its bias, then one pass of ours, in place unless backward needs z. That
             is no faster than eager PyTorch (0.7 to 1.0 of its speed up to 1.6 MB of output, 0.91 to 1.07 beyond), so
             the public function calls this (`_cedes`) but for maps in channels_last, large ones in training (1.04 to
@@ -14,7 +14,6 @@ In backward one pass gives g and the bias gradient, as for ReLU; then Winograd's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -42,19 +41,13 @@ def _winograd(out, convolution, residual, activation, slope) -> torch.Tensor:
     return conv._convert(out, result)
 
 
-def _one_by_one(out, convolution, residual, activation, slope) -> torch.Tensor:
-    input, weight, bias, *_ = convolution
+def _implicit_gemm(out, convolution, residual, activation, slope) -> torch.Tensor:
     residual = None if residual is None else conv._dense(residual, out)
-    given = (conv._dense(input, out), conv.packed(weight), bias, residual)
-    _C.conv2d_1x1_act(out, *given, activation, slope, torch.get_num_threads())
+    conv.implicit_gemm(out, convolution, residual, activation, slope)
     return out
 
 
-def _own(convolution) -> Callable | None:
-    """What does it all in one kernel: a function of (convolution, residual, activation, slope). None: nothing does."""
-    chosen, shape, layout = conv._plan(conv_op.allowed_algorithms(), *convolution)
-    run = {"winograd": _winograd, "1x1": _one_by_one if layout == torch.channels_last else None}.get(chosen)
-    return run and (lambda *args: run(conv._empty(shape, layout, convolution[0]), *args))
+OWN = {"winograd": _winograd, "implicit_gemm": _implicit_gemm}  # do it all in one kernel
 
 
 def _aten(convolution) -> torch.Tensor:
@@ -66,8 +59,8 @@ def _aten(convolution) -> torch.Tensor:
 def _cedes(input, weight, bias, residual, stride, padding, dilation, groups, activation) -> bool:
     """Whether eager PyTorch does as well."""
     convolution = (input, weight, bias, stride, padding, dilation, groups)
-    trained, own = needs_grad(input, weight, bias, residual), _own(convolution)
-    if is_slow(input) or own is _winograd or (own is not None and not trained):
+    trained, chosen = needs_grad(input, weight, bias, residual), conv.algorithm(*convolution)
+    if is_slow(input) or chosen == "winograd" or (chosen in OWN and not trained):
         return False
     if conv_op.memory_format(input, weight) != torch.channels_last or input.dtype != torch.float32:
         return True
@@ -79,11 +72,12 @@ def _cedes(input, weight, bias, residual, stride, padding, dilation, groups, act
 @widened(op.alloc, weight=1)
 def forward(input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, keep):
     convolution = (input, weight, bias, stride, padding, dilation, groups)
-    own = _own(convolution)
+    chosen, shape, layout = conv._plan(conv_op.allowed_algorithms(), *convolution)
+    own = OWN.get(chosen)
     if own and not keep:
-        out = own(convolution, residual, activation, slope)
+        out = own(conv._empty(shape, layout, input), convolution, residual, activation, slope)
         return out, out.new_empty(0)
-    z = own(convolution, residual, NONE, 0.0) if own else _aten(convolution)
+    z = own(conv._empty(shape, layout, input), convolution, residual, NONE, 0.0) if own else _aten(convolution)
     out = cached(torch.empty_like(z)) if keep else z
     residual = None if residual is None or own else conv._dense(residual, z)
     if residual is not None or activation != NONE:
