@@ -126,6 +126,10 @@ FULL: list[Case] = [
     FusedModel(make=resnet18, shape=(8, 3, 224, 224), why="residual blocks; norms fold in inference"),
     # Eager's own gradients, too, are 2 to 4% off float64's (the median of its tensors).
     FusedModel(make=resnet50, shape=(4, 3, 224, 224), gradient_tolerance=0.1, why="bottlenecks: mostly 1x1"),
+    *[
+        FusedModel(make=make, shape=(1, 3, 224, 224), directions=("forward",), why="one image: weights outweigh maps")
+        for make in (resnet18, resnet50)
+    ],
     FusedModel(make=networks.vgg11, shape=(8, 3, 224, 224), why="plain 3x3 convolutions, ReLU, pools"),
     FusedModel(make=networks.detector, shape=(8, 3, 320, 320), why="SiLU"),
 ]
