@@ -8,9 +8,9 @@
 // Layout  channels_last: pixels are rows as they lie. NCHW: the input pixels of a block are transposed into rows on their
 //         way into cache, and results on their way out. The weight is packed into panels w[⌈O/16⌉][KH][KW][C][16], or
 //         comes so.
-// Tiles   threads take blocks of output pixels that fit half an L2 with their channels; 6 pixels x 4 (AVX2: 2) vectors of
-//         outputs stay in registers over all taps and C. No sum is split over threads: the bits do not depend on their
-//         number.
+// Tiles   blocks of output pixels, which fit half an L2 with their channels, by groups of 64 (AVX2: 16) outputs; of those 6
+//         pixels x 4 (AVX2: 2) vectors stay in registers over all taps and C. Threads divide pixels, or outputs where the
+//         weight is larger than the maps. No sum is split: the bits do not depend on the number of threads.
 // Flops   2 per output pixel, tap, C and O. Traffic: every operand once; the residual, and for 1x1 kernels the next rows
 //         of the input, fetched ahead.
 // Edges   any N, C, H, W, O; whatever passes the last whole vector goes through a buffer or a mask.
@@ -105,6 +105,11 @@ PYFUSED_INLINE Rows gather(const Geometry& g, const float* image, int64_t channe
 PYFUSED_INLINE void point(const float** pointers, const Geometry& g, const Rows& rows, int64_t first, int64_t count,
                           const float* zeros) {
   int64_t x = first % g.out[1], line = first / g.out[1], y = line % g.out[0], image = line / g.out[0];
+  if (g.pointwise()) {
+    const float* row = rows.at(image, x);
+    for (int64_t p = 0; p < count; ++p, row += rows.pitch) pointers[p] = row;
+    return;
+  }
   for (int64_t p = 0; p < count; ++p) {
     const float** at = pointers + p / kRows * g.taps() * kRows + p % kRows;
     for (int64_t i = 0; i < g.kernel[0]; ++i) {
@@ -201,6 +206,12 @@ PYFUSED_INLINE void multiply_block(float* out, int64_t out_row, int64_t left, in
   });
 }
 
+struct Relu {  // AddAndActivate without its choices, which cost shallow products a tenth of their time
+  const float* residual = nullptr;
+  PYFUSED_INLINE V operator()(V value, int64_t, int64_t) const { return relu<float>(value); }
+  PYFUSED_INLINE void prefetch(int64_t) const {}
+};
+
 PYFUSED_INLINE bool dense(const View& x) { return x.dtype == DType::f32 && x.ndim == 4 && (is_nchw(x) || is_nhwc(x)); }
 PYFUSED_INLINE bool is_packed(const View& w, int64_t outputs, int64_t channels) {
   return w.ndim == 5 && w.shape[0] == ceil_div(outputs, kPanel) && w.shape[3] == channels && w.shape[4] == kPanel &&
@@ -263,8 +274,9 @@ Status conv2d_implicit_gemm(View out, View input, View weight, View bias, View r
     }
   int64_t padded = round_up(outputs, kPanel), pitch = nhwc ? channels : round_up(channels, lanes<float>);
   int64_t depth = g.taps() * channels, groups = ceil_div(padded, kColumns), most = max(threads, 1);
-  // Threads divide the pixels, and each reads all of the weight; or the columns, where the weight is larger.
-  bool by_columns = padded * depth > input.numel();
+  // Threads divide the pixels, and each reads all of the weight; or the columns, where the weight is larger. In NCHW not
+  // even then: every group of columns would transpose the input anew.
+  bool by_columns = nhwc && padded * depth > input.numel();
   int64_t size = min(4 * kBlock, max(kBlock, (32 << 10) / (channels + 1) / kBlock * kBlock));
   if (nhwc) {  // blocks of about the same size, as many for each thread
     int64_t pixels = max<int64_t>(1, out.shape[0] * out.shape[2] * out.shape[3]);
@@ -286,10 +298,9 @@ Status conv2d_implicit_gemm(View out, View input, View weight, View bias, View r
   for (int64_t o = 0; o < padded; ++o) shift[o] = bias && o < outputs ? bias.as<float>()[o] : 0.f;
   for (int64_t c = 0; c < channels; ++c) zeros[c] = 0.f;
   int64_t b_vector = lanes<float> == kPanel ? depth * kPanel : lanes<float>;  // to the next vector of columns
-  parallel_for(to.blocks * groups, 1, threads, [&](int64_t begin, int64_t end, int thread) {
+  auto run = [&](auto epilogue, int64_t begin, int64_t end, int thread) {
     float *rows = memory + thread * each, *results = rows + input_rows, *added = results + of_block;
     const float** of_pixels = table + thread * pointers;
-    AddAndActivate epilogue{nullptr, activation, static_cast<float>(slope)};
     for (int64_t i = begin, pointed = -1; i < end; ++i) {
       int64_t block = by_columns ? i % to.blocks : i / groups, c = (by_columns ? i / to.blocks : i % groups) * kColumns;
       int64_t first = to.first(block), count = to.count(block), plane = to.plane;
@@ -318,6 +329,12 @@ Status conv2d_implicit_gemm(View out, View input, View weight, View bias, View r
       nhwc&& g.pointwise() && c == 0 ? multiply(std::true_type{}) : multiply(std::false_type{});
       if (!nhwc) strip_to_planes<float>(to.at(block) + c * plane, plane, results, kColumns, left, count);
     }
+  };
+  parallel_for(to.blocks * groups, 1, threads, [&](int64_t begin, int64_t end, int thread) {
+    if (activation == kRelu && !residual)
+      run(Relu{}, begin, end, thread);
+    else
+      run(AddAndActivate{nullptr, activation, static_cast<float>(slope)}, begin, end, thread);
   });
   return {};
 }
