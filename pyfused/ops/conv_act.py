@@ -191,8 +191,9 @@ def conv_act(
 ) -> torch.Tensor:
     """activation(conv(input, weight, bias) + residual), conv1d or conv2d; bias, residual and activation in one pass.
 
-    On a CPU, convolutions that Winograd's algorithm does not take, or that are too small to repay the call, go to eager
-    PyTorch, with residual and ReLU in place; but in channels_last for GELU and for large maps in training.
+    On a CPU, convolutions that neither Winograd's algorithm nor the implicit GEMM takes, or that are too small to repay
+    the call, go to eager PyTorch, with residual and ReLU in place; but in channels_last for GELU and for large maps in
+    training.
 
     Args: as torch.nn.functional.conv2d or, where `weight` has three dimensions, conv1d, and
         input: (N, C_in, H, W), (N, C_in, L), or without N; float32, float64, bfloat16 or float16. Others run in eager
