@@ -58,6 +58,19 @@ def test_a_remembered_transform_is_what_is_used(layer):
         assert not torch.equal(PF.conv2d_relu(x, weight, padding=1), out)
 
 
+def test_implicit_gemm_remembers_its_packed_weight(layer):
+    """A stride, and a weight that is larger than the maps; until it changes."""
+    x, weight = layer
+    with torch.no_grad():
+        for factor in (1, -2):
+            weight.mul_(factor)
+            expected = torch.nn.functional.conv2d(x.double(), weight.double(), stride=2).relu()
+            for held in (0, 4 * 4 * 9 * 48 * 16, 4 * 4 * 9 * 48 * 16):
+                out = PF.conv2d_relu(x, weight, stride=2)
+                torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+                assert memory.derived_held() == held
+
+
 CHANGES = {
     "in place": lambda w: w.mul_(2),
     "one element": lambda w: w[3, 5, 1, 1].add_(1),

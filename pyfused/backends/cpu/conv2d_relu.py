@@ -63,14 +63,15 @@ def algorithm(input, weight, bias, stride, padding, dilation, groups) -> str:
     saves = n * (9 * height * width - min(_products(height, width, tile) for tile in (3, 4)))
     # In training this is asked by `_cedes`, before autograd stops recording: what then comes here saves enough, or a
     # backend was forced, or torch.compile is at work.
-    remembered = weight.nbytes >= LARGE_WEIGHT and not needs_grad(input, weight, bias)
+    trained = needs_grad(input, weight, bias)
+    remembered = weight.nbytes >= LARGE_WEIGHT and not trained
     if winograd and op.allowed_algorithms() == "auto" and saves >= (REMEMBERED_SAVES if remembered else WINOGRAD_SAVES):
         return "winograd"
     if n * height * width < (LEAST_GEMM_REMEMBERED if remembered else LEAST_GEMM):
         return "aten"
     nchw, size = op.memory_format(input, weight) == torch.contiguous_format, n * c_out * height * width
     pointwise = (kh, kw) == (1, 1) and max(padding) == 0
-    if needs_grad(input, weight, bias):
+    if trained:
         return "implicit_gemm" if pointwise and not nchw and size >= LEAST_TRAINED else "aten"
     wins = 3 * weight.numel() > input.numel()  # PyTorch arranges the weight for oneDNN in every call
     if nchw:
