@@ -161,15 +161,7 @@ PYFUSED_INLINE void multiply_rows(const float* const* pointers, int64_t taps, in
       if constexpr (Ahead) __builtin_prefetch(a[R - 1] + channels + k * R);
 #pragma GCC unroll 4
       for (int h = 0; h < B; h += kPanel / lanes<float>) __builtin_prefetch(b + kSoon * kPanel + h * b_vector);
-      V right[B];
-#pragma GCC unroll 4
-      for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        V left = splat(a[r][k]);
-#pragma GCC unroll 4
-        for (int h = 0; h < B; ++h) sum[r][h] += left * right[h];
-      }
+      add_products<R, B>(sum, [&](int r) __attribute__((always_inline)) { return a[r][k]; }, b, b_vector);
     }
   }
 #pragma GCC unroll 12

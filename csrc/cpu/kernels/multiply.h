@@ -27,6 +27,20 @@ PYFUSED_INLINE void with_constant(int n, const Body& body) {
 constexpr int kRows = 6;
 constexpr int kVectors = lanes<float> == 16 ? 4 : 2;
 
+// sum[r][h] += left(r) * b[h], one step of a product.
+template <int R, int B, class Left>
+PYFUSED_INLINE void add_products(V (&sum)[R][B], const Left& left, const float* b, int64_t b_vector) {
+  V right[B];
+#pragma GCC unroll 4
+  for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    V number = splat(left(r));
+#pragma GCC unroll 4
+    for (int h = 0; h < B; ++h) sum[r][h] += number * right[h];
+  }
+}
+
 // finish(r, h, ∑_k a[r, k] * b[k, h]) for R rows and B vectors. Meanwhile what is `ahead`, from k on `ahead_bytes` * k
 // bytes farther, is prefetched with the locality `Ahead` of __builtin_prefetch (0: nothing is), and of b, if it is not
 // in the L1 cache, what is due in `Soon` steps, a line of kPanel at a time.
@@ -40,15 +54,7 @@ PYFUSED_INLINE void multiply_with(const float* a, int64_t a_row, int64_t a_step,
     if constexpr (Soon > 0)
 #pragma GCC unroll 4
       for (int h = 0; h < B; h += kPanel / lanes<float>) __builtin_prefetch(b + Soon * b_step + h * b_vector);
-    V right[B];
-#pragma GCC unroll 4
-    for (int h = 0; h < B; ++h) right[h] = load(b + h * b_vector);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      V left = splat(a[r * a_row]);
-#pragma GCC unroll 4
-      for (int h = 0; h < B; ++h) sum[r][h] += left * right[h];
-    }
+    add_products<R, B>(sum, [&](int r) __attribute__((always_inline)) { return a[r * a_row]; }, b, b_vector);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
